@@ -1,0 +1,85 @@
+"""
+SGD-SaI for the Hugging Face trainers: `import hf_sai`, then `TrainingArguments(optim="sgd_sai")`.
+
+Importing registers the optimizer names with transformers where that is installed; nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .callback import GSNRCallback
+    from .integration import (
+        OptimizerMismatchError,
+        assert_optimizer,
+        create_optimizer,
+        optimizer_cls_and_kwargs,
+        param_groups,
+        register,
+        unregister,
+    )
+    from .optim import OptionError, SGDSaI
+    from .report import GSNRReport, optimizer_state_bytes
+    from .trainer import SaITrainer, SaITrainerMixin, make_trainer
+
+_HOME = {
+    "GSNRCallback": ".callback",
+    "GSNRReport": ".report",
+    "OptimizerMismatchError": ".integration",
+    "OptionError": ".optim",
+    "SGDSaI": ".optim",
+    "SaITrainer": ".trainer",
+    "SaITrainerMixin": ".trainer",
+    "assert_optimizer": ".integration",
+    "create_optimizer": ".integration",
+    "make_trainer": ".trainer",
+    "optimizer_cls_and_kwargs": ".integration",
+    "optimizer_state_bytes": ".report",
+    "param_groups": ".integration",
+    "register": ".integration",
+    "unregister": ".integration",
+}
+
+__all__ = [
+    "GSNRCallback",
+    "GSNRReport",
+    "OptimizerMismatchError",
+    "OptionError",
+    "SGDSaI",
+    "SaITrainer",
+    "SaITrainerMixin",
+    "assert_optimizer",
+    "create_optimizer",
+    "make_trainer",
+    "optimizer_cls_and_kwargs",
+    "optimizer_state_bytes",
+    "param_groups",
+    "register",
+    "unregister",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+if importlib.util.find_spec("transformers") is not None:
+    from trainer_patches import UnsupportedHostError
+
+    try:
+        importlib.import_module(".integration", __name__).register()
+    except UnsupportedHostError as error:  # hf_sai.optim works all the same; register() raises this
+        warnings.warn(str(error), stacklevel=2)

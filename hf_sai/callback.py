@@ -1,0 +1,166 @@
+"""The callback that reads what the optimizer measured and writes the report; for trainers that nobody may subclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .integration import assert_optimizer, name_parameters, unwrap_optimizer
+from .optim.registry import list_records
+from .report import REPORT_JSON, REPORT_PNG, GSNRReport
+
+
+logger = logging.getLogger(__name__)
+
+LOG_PREFIX = "gsnr"
+
+
+class GSNRCallback(TrainerCallback):
+    """
+    Builds the g-SNR report of a run and writes it where it is needed.
+
+    After every step that measured something, `gsnr_report.json` is written to `output_dir` and a few scalars are
+    logged (`gsnr/measured`, `gsnr/scale_max`, ...). The picture follows after the first measuring step, with every
+    checkpoint, and at the end of training. Nothing is written where the optimizer is not one of ours.
+
+    Where a Trainer subclass is possible, [`SaITrainer`] does more: the report is then in a checkpoint before the
+    checkpoint is pushed, and in the model card.
+
+    Args:
+        trainer (`transformers.Trainer`, *optional*): Its `log` carries the scalars to all trackers. Without it they
+            go to the state's `log_history` and to the log of this module.
+
+    Example:
+
+    ```python
+    trainer = SFTTrainer(model, args=SFTConfig(optim="sgd_sai", learning_rate=0.1), train_dataset=data)
+    trainer.add_callback(GSNRCallback(trainer))
+    ```
+    """
+
+    def __init__(self, trainer: Any | None = None) -> None:
+        self.trainer = trainer
+        self.report: GSNRReport | None = None
+        self._drawn: GSNRReport | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks the optimizer and the learning rate before the first step."""
+        names = {record.name for record in list_records()}
+        if optim_name(args) in names:
+            assert_optimizer(kwargs.get("optimizer"), optim_name(args))
+            warn_if_learning_rate_is_adams(args)
+        live = unwrap_optimizer(kwargs.get("optimizer"))
+        if hasattr(live, "gsnr_statistics") and kwargs.get("model") is not None:
+            name_parameters(live, kwargs["model"])
+        self.report = self._drawn = None
+        self._refresh(args, state, kwargs.get("optimizer"), log=False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reads the statistics, and writes and logs where something was measured."""
+        self._refresh(args, state, kwargs.get("optimizer"), log=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Puts the report into the checkpoint."""
+        if state.is_world_process_zero:
+            self.write(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", args.output_dir)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draws what has changed since the last picture."""
+        if state.is_world_process_zero:
+            self.write(args.output_dir, args.output_dir)
+
+    def write(self, directory: str | Path, output_dir: str | Path) -> None:
+        """
+        Writes report and picture to `directory`; drawn once for all folders.
+
+        Args:
+            directory (`str` or path): A checkpoint, or `output_dir` itself. Left alone where it does not exist.
+            output_dir (`str` or path): Where the run's own copy is kept.
+        """
+        if self.report is None or not (Path(directory).is_dir() or Path(directory) == Path(output_dir)):
+            return
+        if self._drawn != self.report:
+            self.report.save(output_dir)
+            self._drawn = self.report
+        if Path(directory).resolve() != Path(output_dir).resolve():
+            for name in (REPORT_JSON, REPORT_PNG):
+                if (Path(output_dir) / name).is_file():
+                    shutil.copy(Path(output_dir) / name, Path(directory) / name)
+
+    def _refresh(self, args: TrainingArguments, state: TrainerState, optimizer: Any, log: bool) -> None:
+        live = unwrap_optimizer(optimizer)
+        if not hasattr(live, "gsnr_statistics") or not _has_news(live, self.report):
+            return
+        self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live))
+        if not state.is_world_process_zero:
+            return
+        if self._drawn is None:
+            self.write(args.output_dir, args.output_dir)
+        else:
+            self.report.save(args.output_dir, picture=False)
+        if log:
+            self._log(state, {f"{LOG_PREFIX}/{key}": value for key, value in self.report.summary().items()})
+
+    def _log(self, state: TrainerState, scalars: dict[str, float]) -> None:
+        if self.trainer is not None:
+            self.trainer.log(scalars)
+            return
+        state.log_history.append({**scalars, "step": state.global_step})
+        logger.info("g-SNR at step %d: %s", state.global_step, scalars)
+
+
+def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
+    """One warning where `learning_rate` is still the default of the arguments' class, which is tuned for Adam."""
+    fields = {field.name: field.default for field in dataclasses.fields(args)}
+    if args.learning_rate != fields.get("learning_rate"):
+        return
+    record = next(record for record in list_records() if record.name == optim_name(args))
+    logger.warning(
+        "learning_rate is %g, the default of %s, which is made for Adam; %s needs another: %s.",
+        args.learning_rate,
+        type(args).__name__,
+        record.name,
+        record.learning_rate_hint,
+    )
+
+
+def optim_name(args: TrainingArguments) -> str:
+    """`args.optim` as text, whether it is a member of the host's enum or a string (an unpickled one is)."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _has_news(optimizer: Any, report: GSNRReport | None) -> bool:
+    """Whether something was measured since the report was built."""
+    measurements = _measurements(optimizer)
+    return measurements > 0 and (report is None or report.run["measurements"] != measurements)
+
+
+def _measurements(optimizer: Any) -> int:
+    return sum(state.get("gsnr_count", 0) for state in optimizer.state.values())
+
+
+def _run_facts(args: TrainingArguments, state: TrainerState, optimizer: Any) -> dict[str, Any]:
+    """What the scale depends on besides the model: the batch that it was measured on."""
+    return {
+        "measurements": _measurements(optimizer),
+        "trainer_step": state.global_step,
+        "world_size": args.world_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "max_grad_norm": args.max_grad_norm,
+        "bf16": bool(args.bf16),
+        "fp16": bool(args.fp16),
+        "seed": args.seed,
+    }

@@ -1,0 +1,40 @@
+"""The command line: `hf-sai list`, `hf-sai report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(
+    help="SGD-SaI for the Hugging Face trainers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(name="list")
+def list_optimizers() -> None:
+    """Names of the optimizers, with their options and defaults."""
+    from ..optim.registry import list_records
+
+    for record in list_records():
+        typer.echo(f"{record.name}: {record.description}")
+        for option in record.options:
+            typer.echo(f"  {option.name}={record.default(option.name)}  ({option.kind}) {option.help}")
+
+
+@app.command()
+def report(path: Annotated[Path, typer.Argument(help="gsnr_report.json, or the folder that holds it")]) -> None:
+    """The scale of every kind of tensor in a g-SNR report."""
+    from ..report import GSNRReport, ReportError
+
+    try:
+        loaded = GSNRReport.load(path)
+    except (ReportError, OSError) as error:
+        typer.echo(f"hf-sai: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(loaded.to_text())

@@ -1,0 +1,1 @@
+"""The Hub side: our section of the model card."""

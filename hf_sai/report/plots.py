@@ -1,0 +1,156 @@
+"""The picture of a g-SNR report: scale by kind and layer, and scale against the size of the tensor."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+
+if TYPE_CHECKING:
+    from .report import GSNRReport, TensorRow
+
+MAX_KINDS = 24
+PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97"
+# kind, layer -> the tensors there (several where an adapter has more than one matrix of a kind)
+Cells = dict[tuple[str, int | None], list["TensorRow"]]
+
+
+def report_png(report: GSNRReport) -> bytes:
+    """
+    The picture as PNG, 1500 pixels wide.
+
+    Left: one cell per kind of tensor and layer, coloured by scale; hatched where it is pending, framed in red where it
+    is a fallback. Right: scale against sqrt(numel), with the line that a gradient of zero mean would give.
+    """
+    cells: Cells = {}
+    for row in report.tensors:
+        cells.setdefault((row.kind, row.layer), []).append(row)
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    shown = kinds[:MAX_KINDS]
+    figure = Figure(figsize=(15, max(4.8, 0.34 * len(shown) + 2.4)), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
+    _draw_cells(figure, left, report, cells, shown, hidden=len(kinds) - len(shown))
+    _draw_against_size(right, report)
+    figure.suptitle(_headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _headline(report: GSNRReport) -> str:
+    counts = report.summary()
+    parts = [f"{int(counts['measured'])} tensors measured"]
+    parts += [f"{int(counts[status])} {status}" for status in ("fallback", "pending") if counts[status]]
+    learning_rate = f"learning rate {report.learning_rate:g}, normalize={report.options.get('normalize', 'none')}"
+    return f"Learning-rate scale per tensor (g-SNR): {', '.join(parts)}  |  {learning_rate}"
+
+
+def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kinds: list[str], hidden: int) -> None:
+    outside: list[int | None] = [None] if any(layer is None for _, layer in cells) else []
+    layers = [*outside, *sorted({layer for _, layer in cells if layer is not None})]
+    scales = [row.scale for row in report.tensors if row.status != "pending"]
+    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
+    spread = max(1.0, 4.0 / (high / low)) ** 0.5  # small differences are not blown up to the whole range of colours
+    norm = LogNorm(low / spread, high * spread)
+    mappable = axes.scatter([], [], c=[], norm=norm, cmap="viridis")
+    write_values = len(layers) <= 14
+    for (kind, layer), rows in cells.items():
+        if kind in kinds:
+            _draw_cell(axes, rows, layers.index(layer), kinds.index(kind), mappable, write_values)
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    step = max(1, len(layers) // 20)
+    axes.set_xticks(range(0, len(layers), step), ["none" if x is None else str(x) for x in layers[::step]])
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
+    axes.set_xlabel("layer (none: outside the blocks)" if None in layers else "layer")
+    more = f" (first {len(kinds)} of {len(kinds) + hidden} kinds)" if hidden else ""
+    axes.set_title(f"scale by kind and layer{more}", fontsize=11, loc="left")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if scales:
+        bar = figure.colorbar(mappable, ax=axes, label="scale (the learning rate is multiplied by it)", pad=0.01)
+        _plain_numbers(bar.ax.yaxis)
+
+
+def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, write_value: bool) -> None:
+    settled = [row for row in rows if row.status != "pending"]
+    if not settled:
+        stroke: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": PENDING_COLOUR, "hatch": "////", "lw": 0}
+        axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, **stroke))
+        if write_value:
+            axes.text(x, y, "pending", ha="center", va="center", fontsize=8, color="#444444")
+        return
+    scale = math.exp(sum(math.log(max(row.scale, 1e-30)) for row in settled) / len(settled))
+    fallback = any(row.status == "fallback" for row in settled)
+    colour = mappable.to_rgba(scale)
+    frame: dict[str, Any] = {"edgecolor": FALLBACK_COLOUR, "lw": 2} if fallback else {"lw": 0}
+    axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, **frame))
+    if write_value:
+        luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+        axes.text(
+            x, y, f"{scale:.3g}", ha="center", va="center", fontsize=8, color="black" if luminance > 0.5 else "white"
+        )
+
+
+def _draw_against_size(axes: Any, report: GSNRReport) -> None:
+    settled = [row for row in report.tensors if row.status != "pending"]
+    pending = report.by_status("pending")
+    normalizer = report.gsnr_max if report.options.get("normalize") == "max" and report.gsnr_max else 1.0
+    floor = min((row.scale for row in settled), default=1.0) / 2
+    for status, marker, colour in (("measured", "o", POINT_COLOUR), ("fallback", "s", FALLBACK_COLOUR)):
+        rows = report.by_status(status)
+        x = [math.sqrt(row.numel) for row in rows]
+        axes.scatter(x, [row.scale for row in rows], marker=marker, s=34, color=colour, alpha=0.7, lw=0)
+    if pending:
+        x = [math.sqrt(row.numel) for row in pending]
+        axes.scatter(x, [floor] * len(x), marker="v", s=40, facecolor="white", edgecolor="#555555")
+    sizes = sorted(math.sqrt(row.numel) for row in report.tensors if row.numel)
+    if sizes:
+        ends = [sizes[0] / 1.2, sizes[-1] * 1.2]
+        axes.plot(ends, [end / normalizer for end in ends], color="#888888", lw=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
+    axes.set_xlabel("sqrt(number of elements)")
+    axes.set_ylabel("scale")
+    axes.set_title(_ratio_title(settled), fontsize=11, loc="left")
+    axes.legend(handles=_legend(settled, pending), loc="upper left", fontsize=9, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """20, not 2 x 10^1; as many ticks as can be read."""
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _ratio_title(settled: list[TensorRow]) -> str:
+    ratios = [row.gsnr_over_sqrt_numel for row in settled]
+    if not ratios:
+        return "scale against size"
+    return f"g-SNR is {min(ratios):.3g} to {max(ratios):.3g} times sqrt(numel)"
+
+
+def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
+    fallback = sum(row.status == "fallback" for row in settled)
+    handles: list[Any] = [
+        Line2D([], [], color=POINT_COLOUR, marker="o", lw=0, label=f"measured: {len(settled) - fallback}")
+    ]
+    if fallback:
+        label = f"fallback, no deviation: {fallback} (red frame at left)"
+        handles.append(Line2D([], [], color=FALLBACK_COLOUR, marker="s", lw=0, label=label))
+    if pending:
+        label = f"pending, no gradient yet: {len(pending)} (hatched at left)"
+        style: dict[str, Any] = {"marker": "v", "markerfacecolor": "white", "markeredgecolor": "#555555", "lw": 0}
+        handles.append(Line2D([], [], label=label, **style))
+    return [*handles, Line2D([], [], color="#888888", lw=1, label="sqrt(numel): a gradient of zero mean")]

@@ -1,0 +1,386 @@
+"""The g-SNR report as data: one row per tensor, the options that ran, and a JSON file with a schema number."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..optim.registry import OptimizerRecord, list_records
+
+
+SCHEMA = 1
+REPORT_JSON = "gsnr_report.json"
+REPORT_PNG = "gsnr_report.png"
+
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
+
+
+class ReportError(ValueError):
+    """A report file that can't be read; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRow:
+    """
+    One tensor of the report.
+
+    Args:
+        name (`str`): The parameter's name in the model.
+        kind (`str`): The module's role without the layer number, such as `self_attn.q_proj.lora_A`.
+        layer (`int` or `None`): Number of the block that it stands in; `None` outside the blocks.
+        shape (`tuple[int, ...]`): Shape.
+        numel (`int`): Number of elements.
+        gsnr (`float`): As measured; `sqrt(numel)` for a fallback; 0.0 while pending.
+        gsnr_over_sqrt_numel (`float`): What the gradient adds to the tensor's size: 1.0 for a gradient of zero mean.
+        scale (`float`): What the learning rate is multiplied by.
+        learning_rate (`float`): Peak learning rate of its group times `scale`.
+        step (`int`): Optimizer step of its first informative gradient, from 1; 0 while pending.
+        status (`str`): `"measured"`, `"fallback"`, or `"pending"`.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    numel: int
+    gsnr: float
+    gsnr_over_sqrt_numel: float
+    scale: float
+    learning_rate: float
+    step: int
+    status: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GSNRReport:
+    """
+    What SGD-SaI measured in a run. Holds no path, no command line, no environment variable.
+
+    Args:
+        optimizer (`str`): Registered name, such as `"sgd_sai"`.
+        options (`dict`): The options that ran, typed: `momentum`, `eps`, `normalize`, ...
+        learning_rate (`float`): Peak learning rate, the largest of the groups.
+        weight_decay (`float`): The largest of the groups.
+        gsnr_max (`float`): Largest g-SNR of the model, as fixed by the first measuring step; 0.0 before.
+        tensors (`list[TensorRow]`): One row per trained tensor.
+        state_bytes (`int`): Bytes that the optimizer keeps for its tensors.
+        adamw_state_bytes (`int`): Bytes that AdamW would keep: two numbers per element in the parameter's dtype.
+        run (`dict`): Facts of the run, such as `effective_batch_size` and `world_size`, where they are known.
+        versions (`dict[str, str]`): Of the packages that matter.
+    """
+
+    optimizer: str
+    options: dict[str, Any]
+    learning_rate: float
+    weight_decay: float
+    gsnr_max: float
+    tensors: list[TensorRow]
+    state_bytes: int
+    adamw_state_bytes: int
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_optimizer(cls, optimizer: Any, run: dict[str, Any] | None = None) -> GSNRReport:
+        """
+        Reads a live optimizer; nothing is measured and no device memory is read.
+
+        Args:
+            optimizer (`SGDSaI`): The optimizer itself, without a wrapper.
+            run (`dict`, *optional*): Facts of the run, plain values.
+
+        Raises:
+            `TypeError`: It is not an optimizer that measures g-SNR.
+        """
+        record = _record_of(optimizer)
+        groups = optimizer.param_groups
+        peak = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        return cls(
+            optimizer=record.name,
+            options={option.name: groups[0][option.name] for option in record.options},
+            learning_rate=max(peak),
+            weight_decay=max(group["weight_decay"] for group in groups),
+            gsnr_max=groups[0]["gsnr_max"],
+            tensors=[_row(statistics, peak[statistics.group]) for statistics in optimizer.gsnr_statistics()],
+            state_bytes=optimizer_state_bytes(optimizer),
+            adamw_state_bytes=_adamw_state_bytes(groups),
+            run=dict(run or {}),
+            versions=_versions(),
+        )
+
+    def by_status(self, status: str) -> list[TensorRow]:
+        """The rows with that status."""
+        return [row for row in self.tensors if row.status == status]
+
+    def summary(self) -> dict[str, float]:
+        """
+        A few numbers for a log: tensors measured, fallback, pending; minimum, median, maximum of scale and ratio.
+        """
+        counts = {f"{status}": float(len(self.by_status(status))) for status in ("measured", "fallback", "pending")}
+        settled = [row for row in self.tensors if row.status != "pending"]
+        if not settled:
+            return counts
+        scales = [row.scale for row in settled]
+        return {
+            **counts,
+            "scale_min": min(scales),
+            "scale_median": _median(scales),
+            "scale_max": max(scales),
+            "ratio_max": max(row.gsnr_over_sqrt_numel for row in settled),
+        }
+
+    def by_kind(self) -> list[dict[str, Any]]:
+        """
+        One entry per kind of tensor: number, shape, steps, status, and medians of scale, ratio and learning rate over
+        the tensors that are not pending.
+        """
+        kinds: dict[str, list[TensorRow]] = {}
+        for row in self.tensors:
+            kinds.setdefault(row.kind, []).append(row)
+        return [_kind_entry(kind, rows) for kind, rows in kinds.items()]
+
+    def to_text(self) -> str:
+        """A plain table by kind of tensor, for a terminal of 80 columns."""
+        counts = self.summary()
+        states = ", ".join(f"{int(counts[status])} {status}" for status in ("measured", "fallback", "pending"))
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        lines = [
+            f"{self.optimizer}  lr={self.learning_rate:g}, weight_decay={self.weight_decay:g}, {options}",
+            f"{len(self.tensors)} tensors: {states}",
+            f"state {self.state_bytes:,} bytes (AdamW: {self.adamw_state_bytes:,})",
+            "",
+            f"{'tensors':<34.34} {'no.':>4} {'shape':>12} {'scale':>9} {'/sqrt(n)':>8} {'step':>7}",
+        ]
+        for entry in self.by_kind():
+            kind = entry["kind"] if len(entry["kind"]) <= 34 else f"...{entry['kind'][-31:]}"
+            steps = ",".join(map(str, entry["steps"])) or "pending"
+            lines.append(
+                f"{kind:<34} {entry['tensors']:>4} {entry['shape']:>12.12} {entry['scale']:>9.4g} "
+                f"{entry['ratio']:>8.3f} {steps:>7.7}"
+            )
+        return "\n".join(lines)
+
+    def save(self, directory: str | os.PathLike[str], picture: bool = True) -> Path:
+        """
+        Writes `gsnr_report.json`, and `gsnr_report.png` where matplotlib is installed, each whole or not at all.
+
+        Args:
+            directory (`str` or path): Made where it is missing.
+            picture (`bool`, *optional*, defaults to `True`): Whether to draw.
+
+        Returns:
+            `pathlib.Path`: The JSON file.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / REPORT_JSON
+        _write_whole(path, self.to_json().encode("utf-8"))
+        if picture and importlib.util.find_spec("matplotlib") is not None:
+            from .plots import report_png
+
+            _write_whole(folder / REPORT_PNG, report_png(self))
+        return path
+
+    def to_json(self) -> str:
+        """The report as JSON; [`GSNRReport.from_json`] gives an equal one."""
+        content = {"schema": SCHEMA, **dataclasses.asdict(self), "tensors": []}
+        rows = ",\n  ".join(json.dumps(dataclasses.asdict(row), allow_nan=False) for row in self.tensors)
+        text = json.dumps(content, indent=1, allow_nan=False)
+        return text.replace('"tensors": []', f'"tensors": [\n  {rows}\n ]', 1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> GSNRReport:
+        """
+        The report that [`GSNRReport.to_json`] wrote.
+
+        Raises:
+            `ReportError`: It is not JSON, has another schema, or a field is missing or of another type.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ReportError(f"a g-SNR report must be JSON but: {error}; write it again with save()") from None
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+            raise ReportError(
+                f"schema must be {SCHEMA} but is {found!r}; a newer hf_sai wrote it, or it is no g-SNR report"
+            )
+        fields = {key: value for key, value in content.items() if key != "schema"}
+        fields["tensors"] = [_parse_row(index, row) for index, row in enumerate(_expect(fields, "tensors", list))]
+        return _build(cls, fields, "the report")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GSNRReport:
+        """
+        Reads a report.
+
+        Args:
+            path (`str` or path): The JSON file, or the folder that holds it.
+
+        Raises:
+            `ReportError`: It can't be read.
+        """
+        file = Path(path)
+        file = file / REPORT_JSON if file.is_dir() else file
+        return cls.from_json(file.read_text(encoding="utf-8"))
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """
+    Kind and layer of a parameter's name.
+
+    `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` gives `("self_attn.q_proj.lora_A", 3)`.
+    """
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    parts = name.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    rest = parts if layer is None else parts[layer + 1 :]
+    if layer is not None and not any(not part.isdigit() and part not in ("weight", "bias") for part in rest):
+        rest, layer = parts, None  # a bare nn.Sequential: the number is all there is
+    if rest[-1] == "weight" and len(rest) > 1:
+        rest = rest[:-1]
+    rest = [part for part in rest if part != "default"] or rest  # the adapter's name, where it is PEFT's default
+    if layer is None:
+        rest = rest[-2:] if rest[-1] == "bias" or rest[-1].startswith("lora_") else rest[-1:]
+    return ".".join(rest), None if layer is None else int(parts[layer])
+
+
+def _record_of(optimizer: Any) -> OptimizerRecord:
+    for record in list_records():
+        if isinstance(optimizer, record.cls) and hasattr(optimizer, "gsnr_statistics"):
+            return record
+    raise TypeError(
+        f"a g-SNR report needs an optimizer that measures g-SNR but got {type(optimizer).__name__}; pass SGDSaI itself"
+    )
+
+
+def _row(statistics: Any, peak_learning_rate: float) -> TensorRow:
+    kind, layer = split_name(statistics.name)
+    return TensorRow(
+        name=statistics.name,
+        kind=kind,
+        layer=layer,
+        shape=statistics.shape,
+        numel=statistics.numel,
+        gsnr=statistics.gsnr,
+        gsnr_over_sqrt_numel=statistics.gsnr / math.sqrt(statistics.numel) if statistics.numel else 0.0,
+        scale=statistics.scale,
+        learning_rate=peak_learning_rate * statistics.scale,
+        step=statistics.step,
+        status=statistics.status,
+    )
+
+
+def _kind_entry(kind: str, rows: list[TensorRow]) -> dict[str, Any]:
+    settled = [row for row in rows if row.status != "pending"]
+    shapes = sorted({"x".join(map(str, row.shape)) or "scalar" for row in rows})
+    return {
+        "kind": kind,
+        "tensors": len(rows),
+        "shape": shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+        "scale": _median(row.scale for row in settled),
+        "ratio": _median(row.gsnr_over_sqrt_numel for row in settled),
+        "learning_rate": _median(row.learning_rate for row in settled),
+        "steps": sorted({row.step for row in settled}),
+        "status": ", ".join(sorted({row.status for row in rows})),
+    }
+
+
+def _median(values: Iterable[float]) -> float:
+    """The upper median; 0.0 of nothing."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else 0.0
+
+
+def optimizer_state_bytes(optimizer: Any) -> int:
+    """Bytes of the tensors in the optimizer's state."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def _adamw_state_bytes(groups: Iterable[dict[str, Any]]) -> int:
+    """Bytes of AdamW's two moments for the same tensors, in the parameters' dtype as torch keeps them."""
+    return sum(
+        2 * param.numel() * param.element_size()
+        for group in groups
+        for param in group["params"]
+        if param.requires_grad
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("hf_sai", "torch", "transformers", "peft", "trl"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """A reader (or an upload) sees the old file or the new one, never a part of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix="_", delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _expect(fields: dict[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(fields.get(key), kind):
+        raise ReportError(
+            f"{key} of a g-SNR report must be a {kind.__name__} but is {fields.get(key)!r:.80}; the file is damaged"
+        )
+    return fields[key]
+
+
+def _parse_row(index: int, row: Any) -> TensorRow:
+    where = f"tensors[{index}]"
+    if not isinstance(row, dict):
+        raise ReportError(f"{where} of a g-SNR report must be a dict but is {row!r:.80}; the file is damaged")
+    fields = dict(row)
+    shape = _expect(fields, "shape", list)
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
+        raise ReportError(f"{where}.shape of a g-SNR report must hold whole numbers but is {shape!r:.80}")
+    fields["shape"] = tuple(shape)
+    return _build(TensorRow, fields, where)
+
+
+# What a field may hold in a file, by the annotation's text.
+_ACCEPTS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "int | None": (int, type(None)),
+    "dict[str, Any]": (dict,),
+    "dict[str, str]": (dict,),
+}
+
+
+def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Any:
+    """An instance of a dataclass from JSON, with every field there and of its type."""
+    expected = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    if set(fields) != set(expected):
+        odd = sorted(set(fields) ^ set(expected))
+        raise ReportError(f"{where} of a g-SNR report has fields missing or unknown: {', '.join(odd):.200}")
+    for name, annotation in expected.items():
+        accepts = _ACCEPTS.get(annotation)
+        value = fields[name]
+        if accepts and (not isinstance(value, accepts) or isinstance(value, bool)):
+            raise ReportError(f"{where}.{name} of a g-SNR report must be {annotation} but is {value!r:.80}")
+    return cls(**fields)

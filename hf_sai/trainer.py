@@ -1,0 +1,127 @@
+"""A Trainer that checks its optimizer, writes the g-SNR report with every save, and puts it into the model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+import trainer_patches
+
+from .callback import GSNRCallback, optim_name
+from .hub.card import update_card
+from .integration import assert_optimizer, decay_rule, name_parameters, unwrap_optimizer
+from .optim.registry import get_record, list_records, parse_options
+
+
+class SaITrainerMixin:
+    """
+    What `optim="sgd_sai"` needs around any `transformers.Trainer` subclass; put it before that class.
+
+    - Options are read when the trainer is built, not when training starts.
+    - The optimizer that was made is checked to be the one that was asked for.
+    - `gsnr_report.json` and `gsnr_report.png` are written to `output_dir` and into every checkpoint, before a push.
+    - `training_args.bin` holds no token.
+    - The model card gets a section with the report after the host wrote its own.
+
+    With another optimizer it is the plain trainer, but for the token.
+
+    Example:
+
+    ```python
+    class MyTrainer(SaITrainerMixin, Seq2SeqTrainer): ...
+    ```
+    """
+
+    gsnr_callback_class = GSNRCallback
+    # What the Trainer behind the mixin has, of any version: for the type checker only.
+    args: Any
+    model: Any
+    optimizer: Any
+    add_callback: Any
+    is_world_process_zero: Any
+    get_decay_parameter_names: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._asked_for is not None:
+            parse_options(get_record(self._asked_for), trainer_patches.parse_optim_args(self.args.optim_args))
+        self.gsnr_callback = self.gsnr_callback_class(self)
+        self.add_callback(self.gsnr_callback)
+
+    @property
+    def _asked_for(self) -> str | None:
+        """The name of ours that `args.optim` asks for; `None` where it asks for another or is overridden."""
+        name = optim_name(self.args)
+        overridden = getattr(self, "optimizer_cls_and_kwargs", None) is not None
+        return name if not overridden and name in {record.name for record in list_records()} else None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """
+        As the host's, and checks the result.
+
+        Args:
+            model (`torch.nn.Module`, *optional*): Handed on where it is given; transformers 5.2 has no such argument.
+
+        Raises:
+            `OptimizerMismatchError`: Something else was made than `args.optim` asks for.
+        """
+        with decay_rule(self.get_decay_parameter_names):
+            host = super().create_optimizer  # type: ignore[misc]
+            optimizer = host() if model is None else host(model)
+        if self._asked_for is not None:
+            assert_optimizer(self.optimizer, self._asked_for)
+        live = unwrap_optimizer(self.optimizer)
+        if hasattr(live, "gsnr_statistics"):
+            name_parameters(live, self.model if model is None else model)
+        return optimizer
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's, with our section after it; see [`hf_sai.hub.card.update_card`]."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        if self.is_world_process_zero() and self.gsnr_callback.report is not None:
+            self.gsnr_callback.write(self.args.output_dir, self.args.output_dir)
+            update_card(Path(self.args.output_dir) / "README.md", self.gsnr_callback.report)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with trainer_patches.token_free_pickles(self.args):
+            super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
+        if self.args.should_save:
+            self.gsnr_callback.write(output_dir or self.args.output_dir, self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with trainer_patches.token_free_pickles(self.args):
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+
+class SaITrainer(SaITrainerMixin, Trainer):
+    """[`SaITrainerMixin`] on `transformers.Trainer`."""
+
+
+def make_trainer(cls: type[Trainer]) -> type[Trainer]:
+    """
+    A trainer class with [`SaITrainerMixin`] in front.
+
+    Args:
+        cls (`type`): Such as `trl.SFTTrainer`. One that has the mixin already is returned as it is.
+
+    Returns:
+        `type`: Named `SaI` + the class's name. To pickle instances, write the class out instead.
+
+    Raises:
+        `TypeError`: It is not a Trainer.
+
+    Example:
+
+    ```python
+    trainer = make_trainer(SFTTrainer)(model, args=SFTConfig(optim="sgd_sai", learning_rate=0.1), train_dataset=data)
+    ```
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Trainer)):
+        raise TypeError(
+            f"make_trainer needs a subclass of transformers.Trainer but got {cls!r}; pass the class itself"
+        )
+    if issubclass(cls, SaITrainerMixin):
+        return cls
+    return type(f"SaI{cls.__name__}", (SaITrainerMixin, cls), {"__doc__": f"`SaITrainerMixin` on `{cls.__name__}`."})

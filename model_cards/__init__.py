@@ -1,0 +1,1 @@
+"""Jinja templates of the model-card sections, one per kind of artifact."""

@@ -1,0 +1,84 @@
+"""
+Slow references, one number at a time in Python floats (float64), written from the papers and from nothing else.
+
+They share no code with `hf_sai`; they are what its tests compare against.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def moments(elements: list[float]) -> tuple[float, float]:
+    """Euclidean norm and standard deviation (n - 1) of a list of numbers."""
+    n = len(elements)
+    mean = math.fsum(elements) / n
+    norm = math.sqrt(math.fsum(x * x for x in elements))
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in elements) / (n - 1)) if n > 1 else 0.0
+    return norm, std
+
+
+class ReferenceSGDSaI:
+    """
+    SGD-SaI on lists of floats (arXiv 2412.11768, Algorithm 1, with the first-step rules of this project).
+
+    Args:
+        tensors (`list[list[float]]`): The parameters, flat.
+        groups (`list[dict]`): One dict of options per tensor: lr, momentum, weight_decay, eps.
+        normalize (`str`): "none" or "max".
+        measure_steps (`int`): Number of informative gradients to average g-SNR over.
+        resolution (`float`): Relative spacing of the gradients' dtype; below it a gradient counts as constant.
+    """
+
+    def __init__(self, tensors, groups, normalize="none", measure_steps=1, maximize=False, resolution=2.0**-23):
+        self.theta = [list(t) for t in tensors]
+        self.groups, self.normalize, self.k = groups, normalize, measure_steps
+        self.sign, self.resolution = (-1.0 if maximize else 1.0), resolution
+        self.snr_samples = [[] for _ in tensors]
+        self.constant = [False] * len(tensors)
+        self.buffer = [None] * len(tensors)
+        self.max = None
+        self.measuring_rounds = 0
+
+    def gsnr(self, i):
+        return math.fsum(self.snr_samples[i]) / len(self.snr_samples[i]) if self.snr_samples[i] else 0.0
+
+    def step(self, gradients):
+        """One update; a gradient is a flat list or None."""
+        skipped = set()
+        for i, g in enumerate(gradients):
+            if g is None or len(self.snr_samples[i]) >= self.k:
+                continue
+            if not all(math.isfinite(x) for x in g):
+                if not self.snr_samples[i]:
+                    skipped.add(i)
+            elif any(x != 0.0 for x in g):
+                norm, std = moments(g)
+                mean = math.fsum(g) / len(g)
+                if len(g) < 2 or std <= self.resolution * abs(mean):
+                    self.constant[i] = True
+                    self.snr_samples[i].append(math.sqrt(len(g)))
+                else:
+                    self.snr_samples[i].append(norm / (std + self.groups[i]["eps"]))
+        measured = [i for i, s in enumerate(self.snr_samples) if s and not self.constant[i]]
+        if measured and self.measuring_rounds < self.k:
+            self.measuring_rounds += 1
+            self.max = max(self.gsnr(i) for i in measured)
+        for i, g in enumerate(gradients):
+            if g is not None and i not in skipped:
+                self.update(i, g)
+
+    def update(self, i, g):
+        options = self.groups[i]
+        scale = self.gsnr(i)
+        if self.normalize == "max" and scale:
+            scale /= self.max if self.max is not None else max(self.gsnr(j) for j in range(len(self.theta)))
+        g = [self.sign * x for x in g]
+        mu = options["momentum"]
+        if mu and self.buffer[i] is None and self.snr_samples[i]:
+            self.buffer[i] = list(g)
+        elif mu and self.buffer[i] is not None:
+            self.buffer[i] = [mu * m + (1.0 - mu) * x for m, x in zip(self.buffer[i], g, strict=True)]
+        direction = self.buffer[i] if mu and self.buffer[i] is not None else g
+        decay = 1.0 - options["lr"] * options["weight_decay"]
+        self.theta[i] = [t * decay - options["lr"] * scale * d for t, d in zip(self.theta[i], direction, strict=True)]

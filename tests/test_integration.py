@@ -1,0 +1,89 @@
+"""The functions for hand-written loops, and the handler's refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import arguments, tiny_llama, tiny_lora
+from transformers import Trainer
+
+import hf_sai
+from hf_sai.integration import name_parameters
+
+
+def test_create_optimizer_for_a_model_names_and_spares_norms():
+    model = tiny_llama()
+    optimizer = hf_sai.create_optimizer("sgd_sai", model, lr=0.3, normalize="max")
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.3, 0.3]
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert all(("norm" in name) == (name in optimizer.param_groups[1]["param_names"]) for name in names)
+
+
+def test_create_optimizer_keeps_the_groups_of_others():
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [first], "lr": 1e-4, "weight_decay": 0.1}, {"params": [second]}]
+    optimizer = hf_sai.create_optimizer("sgd_sai", groups)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1e-4, 0.1), (1e-2, 1e-2)]
+    generator = (p for p in [first, second])
+    assert len(hf_sai.create_optimizer("sgd_sai", generator, lr=1.0, weight_decay=0.0).param_groups[0]["params"]) == 2
+
+
+def test_create_optimizer_refuses_what_it_does_not_know():
+    with pytest.raises(hf_sai.OptionError, match="'adam' is not an optimizer of hf_sai"):
+        hf_sai.create_optimizer("adam", tiny_llama())
+    with pytest.raises(hf_sai.OptionError, match="betas is not an option of sgd_sai"):
+        hf_sai.create_optimizer("sgd_sai", tiny_llama(), betas=(0.9, 0.99))
+
+
+def test_param_groups_hold_each_trained_tensor_once():
+    model = tiny_lora()
+    pairs = [pair for group in hf_sai.param_groups(model, "sgd_sai", 0.1) for pair in group["params"]]
+    assert {name for name, _ in pairs} == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len({id(p) for _, p in pairs}) == len(pairs) == 28
+
+
+def test_tied_weights_stand_once():
+    model = tiny_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    hf_sai.create_optimizer("sgd_sai", model)  # torch refuses a tensor that stands twice
+
+
+def test_assert_optimizer_looks_through_accelerate():
+    model = tiny_llama()
+    wrapped = Accelerator(cpu=True).prepare(hf_sai.create_optimizer("sgd_sai", model))
+    assert type(wrapped).__name__ == "AcceleratedOptimizer"
+    hf_sai.assert_optimizer(wrapped, "sgd_sai")
+    with pytest.raises(hf_sai.OptimizerMismatchError, match="asks for SGDSaI, but the optimizer that runs is AdamW"):
+        hf_sai.assert_optimizer(Accelerator(cpu=True).prepare(torch.optim.AdamW(model.parameters())), "sgd_sai")
+
+
+def test_sharded_modes_are_refused_by_name(tmp_path):
+    for field in ("deepspeed", "fsdp"):
+        args = arguments(tmp_path)
+        setattr(args, field, "full_shard")
+        with pytest.raises(ValueError, match=f"measures whole tensors, but {field} is set"):
+            Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+
+
+def test_handler_gives_typed_options_and_named_groups(tmp_path):
+    args = arguments(tmp_path, optim_args="momentum=0.5,normalize=max", weight_decay=0.2)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+    groups = kwargs.pop("params")
+    assert (cls, kwargs) == (
+        hf_sai.SGDSaI,
+        {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.5, "normalize": "max"},
+    )
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+    assert groups[0]["params"][0][0] == "model.embed_tokens.weight"
+
+
+def test_names_are_given_by_identity_and_not_overwritten():
+    model = tiny_llama()
+    optimizer = hf_sai.SGDSaI(model.parameters())
+    name_parameters(optimizer, model)
+    assert optimizer.gsnr_statistics()[0].name == "model.embed_tokens.weight"
+    name_parameters(optimizer, torch.nn.Linear(1, 1))
+    assert optimizer.gsnr_statistics()[0].name == "model.embed_tokens.weight"

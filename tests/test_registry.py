@@ -1,0 +1,61 @@
+"""Records and typed options."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from hf_sai.optim import OptionError, SGDSaI, get_record, list_records, parse_options
+
+
+def test_every_option_is_an_argument_of_its_class_and_every_argument_an_option():
+    for record in list_records():
+        arguments = set(inspect.signature(record.cls.__init__).parameters) - {"self", "params", "lr", "weight_decay"}
+        assert {option.name for option in record.options} == arguments
+
+
+def test_defaults_read_as_text_give_themselves():
+    for record in list_records():
+        for option in record.options:
+            assert option.parse(str(record.default(option.name))) == record.default(option.name)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ({"momentum": "0.8"}, {"momentum": 0.8}),
+        ({"momentum": 0}, {"momentum": 0.0}),
+        ({"maximize": "False"}, {"maximize": False}),  # bool("False") is True: the host's own trap
+        ({"maximize": "true"}, {"maximize": True}),
+        ({"measure_steps": "4"}, {"measure_steps": 4}),
+        ({"normalize": "max", "eps": "1e-10"}, {"normalize": "max", "eps": 1e-10}),
+        ({"normalize": None}, {"normalize": "none"}),  # as a host that reads literals hands on "none"
+    ],
+)
+def test_typed_values(text, value):
+    parsed = parse_options(get_record("sgd_sai"), text)
+    assert parsed == value
+    assert [type(parsed[name]) for name in parsed] == [type(value[name]) for name in value]
+
+
+@pytest.mark.parametrize(
+    "given", [{"momentum": True}, {"measure_steps": "1.5"}, {"measure_steps": 1.5}, {"eps": ""}, {"maximize": "2"}]
+)
+def test_values_of_another_type_are_refused(given):
+    (name,) = given
+    with pytest.raises(OptionError, match=f"{name} of sgd_sai must be "):
+        parse_options(get_record("sgd_sai"), given)
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(OptionError, match="'sgdsai' is not an optimizer of hf_sai; choose one of: sgd_sai"):
+        get_record("sgdsai")
+    with pytest.raises(OptionError, match="betas is not an option of sgd_sai; valid options: eps, maximize"):
+        parse_options(get_record("sgd_sai"), {"betas": "1"})
+
+
+def test_record_of_sgd_sai():
+    record = get_record("sgd_sai")
+    assert record.cls is SGDSaI
+    assert record.default("momentum") == 0.9

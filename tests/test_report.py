@@ -1,0 +1,189 @@
+"""The report as data: kinds, numbers, files, and what it refuses to read."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from hf_sai import GSNRReport, SGDSaI
+from hf_sai.report import ReportError, optimizer_state_bytes
+from hf_sai.report.report import split_name
+
+
+@pytest.fixture
+def report():
+    """Two blocks with a matrix each, a scalar (fallback) and a tensor without gradient (pending)."""
+    torch.manual_seed(0)
+    shapes = {"layers.0.q.weight": (4, 6), "layers.1.q.weight": (4, 6), "logit_scale": (), "late.weight": (3,)}
+    pairs = [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    optimizer = SGDSaI(pairs, lr=0.2, normalize="max")
+    for name, param in pairs:
+        param.grad = torch.zeros(3) if name.startswith("late") else torch.randn(param.shape)
+    optimizer.step()
+    return GSNRReport.from_optimizer(optimizer, {"world_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "layer"),
+    [
+        ("base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight", "self_attn.q_proj.lora_A", 3),
+        ("base_model.model.model.layers.3.mlp.up_proj.lora_B.second.weight", "mlp.up_proj.lora_B.second", 3),
+        ("model.embed_tokens.weight", "embed_tokens", None),
+        ("module.model.norm.weight", "norm", None),
+        ("transformer.h.11.ln_1.bias", "ln_1.bias", 11),
+        ("base_model.model.lm_head.lora_A.default.weight", "lm_head.lora_A", None),
+        ("model.layers.0.mlp.experts.7.w1.weight", "mlp.experts.7.w1", 0),
+        ("0.weight", "0", None),
+        ("logit_scale", "logit_scale", None),
+    ],
+)
+def test_kind_and_layer_of_a_name(name, kind, layer):
+    assert split_name(name) == (kind, layer)
+
+
+def test_rows_hold_what_the_optimizer_did(report):
+    rows = {row.name: row for row in report.tensors}
+    first, second = rows["layers.0.q.weight"], rows["layers.1.q.weight"]
+    assert max(first.scale, second.scale) == 1.0
+    assert first.gsnr_over_sqrt_numel == pytest.approx(first.gsnr / math.sqrt(24))
+    assert first.learning_rate == pytest.approx(0.2 * first.scale)
+    assert (rows["logit_scale"].status, rows["logit_scale"].gsnr) == ("fallback", 1.0)
+    assert (rows["late.weight"].status, rows["late.weight"].step, rows["late.weight"].scale) == ("pending", 0, 0.0)
+    assert report.summary()["measured"] == 2
+    assert report.summary()["scale_max"] == 1.0
+    assert [(e["kind"], e["tensors"], e["steps"]) for e in report.by_kind()] == [
+        ("q", 2, [1]),
+        ("logit_scale", 1, [1]),
+        ("late", 1, []),
+    ]
+
+
+def test_state_bytes_are_half_of_adamws(report):
+    elements = 24 + 24 + 1 + 3
+    assert (report.state_bytes, report.adamw_state_bytes) == (4 * elements, 8 * elements)
+
+
+def test_state_bytes_of_any_optimizer():
+    param = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.Adam([param])
+    param.grad = torch.ones(10)
+    optimizer.step()
+    assert optimizer_state_bytes(optimizer) == 2 * 40 + 4  # and the step counter
+
+
+def test_json_round_trip_is_exact(report, tmp_path):
+    path = report.save(tmp_path)
+    assert GSNRReport.load(path) == GSNRReport.load(tmp_path) == report
+    assert json.loads(path.read_text())["schema"] == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gsnr_report.json", "gsnr_report.png"]
+
+
+def test_saving_without_a_picture(report, tmp_path):
+    report.save(tmp_path / "new" / "folder", picture=False)
+    assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["gsnr_report.json"]
+
+
+def test_saving_where_matplotlib_is_missing(report, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sai.report.report.importlib.util.find_spec", lambda name: None)
+    report.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["gsnr_report.json"]
+
+
+def change(content, path, value):
+    *parents, last = path
+    for key in parents:
+        content = content[key]
+    if value is KeyError:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["schema"], 2, "schema must be 1 but is 2"),
+        (["schema"], KeyError, "schema must be 1 but is None"),
+        (["tensors"], None, "tensors of a g-SNR report must be a list"),
+        (["tensors"], KeyError, "tensors of a g-SNR report must be a list"),
+        (["tensors", 0], "x", r"tensors\[0\] of a g-SNR report must be a dict"),
+        (["tensors", 1, "gsnr"], "1.0", r"tensors\[1\].gsnr of a g-SNR report must be float but is '1.0'"),
+        (["tensors", 1, "numel"], True, r"tensors\[1\].numel of a g-SNR report must be int"),
+        (["tensors", 0, "shape"], [1.5], r"tensors\[0\].shape of a g-SNR report must hold whole numbers"),
+        (["tensors", 0, "step"], KeyError, r"tensors\[0\] of a g-SNR report has fields missing or unknown: step"),
+        (["options"], [], "options of a g-SNR report must be dict"),
+        (["extra"], 1, "fields missing or unknown: extra"),
+    ],
+)
+def test_a_damaged_file_names_the_field(report, path, value, message):
+    content = json.loads(report.to_json())
+    change(content, path, value)
+    with pytest.raises(ReportError, match=message):
+        GSNRReport.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', '{"schema": 1'])
+def test_what_is_no_report(text):
+    with pytest.raises(ReportError):
+        GSNRReport.from_json(text)
+
+
+def test_other_optimizers_have_no_report():
+    with pytest.raises(TypeError, match="needs an optimizer that measures g-SNR but got SGD"):
+        GSNRReport.from_optimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+
+
+def test_text_fits_a_terminal(report):
+    lines = report.to_text().splitlines()
+    assert max(map(len, lines[2:])) <= 80
+    assert any(line.startswith("q ") and " 4x6 " in line for line in lines)
+
+
+def drawn(report):
+    """The figure behind the PNG: its texts and the patches of the left panel."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    from hf_sai.report import plots
+
+    figures = []
+    original = Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        figures.append(self)
+        return original(self, *args, **kwargs)
+
+    Figure.savefig = keep
+    try:
+        png = plots.report_png(report)
+    finally:
+        Figure.savefig = original
+    left, right = figures[0].axes[:2]
+    cells = [patch for patch in left.patches if isinstance(patch, Rectangle)]
+    return png, figures[0], left, right, cells
+
+
+def test_picture_marks_pending_and_fallback_and_names_the_kinds(report):
+    png, figure, left, right, cells = drawn(report)
+    assert png[:4] == b"\x89PNG"
+    assert len(cells) == 4
+    assert [label.get_text() for label in left.get_yticklabels()] == ["q", "logit_scale", "late"]
+    assert sum(bool(cell.get_hatch()) for cell in cells) == 1
+    assert sum(cell.get_linewidth() == 2 for cell in cells) == 1
+    assert "pending" in [text.get_text() for text in left.texts]
+    legend = [text.get_text() for text in right.get_legend().get_texts()]
+    assert legend[0] == "measured: 2"
+    assert legend[1].startswith("fallback, no deviation: 1")
+    assert legend[2].startswith("pending, no gradient yet: 1")
+    assert "2 tensors measured, 1 fallback, 1 pending" in figure.get_suptitle()
+    measured = next(c for c in right.collections if len(c.get_offsets()) == 2)
+    expected = [(math.sqrt(24), row.scale) for row in report.tensors[:2]]
+    assert [tuple(point) for point in measured.get_offsets().tolist()] == [pytest.approx(point) for point in expected]
+
+
+def test_picture_of_nothing_measured_yet():
+    optimizer = SGDSaI([("w", torch.nn.Parameter(torch.ones(3)))])
+    drawn(GSNRReport.from_optimizer(optimizer))

@@ -1,0 +1,21 @@
+"""
+The seams of the hosts, and nothing of ours: every function here takes names and functions as arguments.
+
+- [`optim_names`]: adds a name to `TrainingArguments(optim=...)` with the handler that builds its optimizer.
+- [`training_args_file`]: a `training_args.bin` that holds no token and loads where the added names are unknown.
+- [`compat`]: every private name of a host that is used, with since and remove-when.
+"""
+
+from .compat import UnsupportedHostError
+from .optim_names import add_optimizer, added_optimizers, parse_optim_args, remove_optimizer
+from .training_args_file import token_free_pickles
+
+
+__all__ = [
+    "UnsupportedHostError",
+    "add_optimizer",
+    "added_optimizers",
+    "parse_optim_args",
+    "remove_optimizer",
+    "token_free_pickles",
+]
