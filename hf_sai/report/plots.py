@@ -138,7 +138,7 @@ def _ratio_title(settled: list[TensorRow]) -> str:
     ratios = [row.gsnr_over_sqrt_numel for row in settled]
     if not ratios:
         return "scale against size"
-    return f"g-SNR is {min(ratios):.3g} to {max(ratios):.3g} times sqrt(numel)"
+    return f"g-SNR is {min(ratios):.4g} to {max(ratios):.4g} times sqrt(numel)"
 
 
 def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
