@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.optim.optimizer import Optimizer
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names
 
-from .optim.registry import OptimizerRecord, OptionError, get_record, list_records, parse_options
+from .optim.registry import OptimizerRecord, OptionError, get_record, list_records, parse_options, record_of
+from .report import GSNRReport
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def optimizer_cls_and_kwargs(
     ```
     """
     record = get_record(name)
-    kwargs = {"lr": lr, **parse_options(record, options)}
+    kwargs = {"lr": lr, **_constructor_options(record, options)}
     if weight_decay is not None:
         kwargs["weight_decay"] = weight_decay
     return record.cls, kwargs
@@ -99,7 +101,7 @@ def create_optimizer(
         `OptionError`: The name, an option or a value is not known.
     """
     record = get_record(name)
-    kwargs = parse_options(record, options)
+    kwargs = _constructor_options(record, options)
     kwargs["lr"] = record.default("lr") if lr is None else lr
     kwargs["weight_decay"] = record.default("weight_decay") if weight_decay is None else weight_decay
     params: Any = model_or_params
@@ -178,7 +180,7 @@ def assert_optimizer(optimizer: Any, name: str) -> None:
     """
     record = get_record(name)
     live = unwrap_optimizer(optimizer)
-    if not isinstance(live, record.cls):
+    if record_of(live) is not record:
         raise OptimizerMismatchError(
             f"optim={name!r} asks for {record.cls.__name__}, but the optimizer that runs is {type(live).__name__}; "
             "something replaced it: an `optimizers=` argument, a create_optimizer of your own, or a launcher's config"
@@ -191,22 +193,49 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     kwargs: dict[str, Any] = {
         "lr": context.args.learning_rate,
         "weight_decay": context.args.weight_decay,
-        **parse_options(record, context.optim_args),
+        **_constructor_options(record, context.optim_args),
     }
-    logger.info("optim=%s: %s", record.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()))
+    shown = ", ".join(f"{key}={value}" for key, value in kwargs.items() if key != "gsnr")
+    logger.info("optim=%s: %s", record.name, shown)
     if context.model is not None:
         names = _decay_rule.get()(context.model)
         kwargs["params"] = param_groups(context.model, record.name, context.args.weight_decay, decay_names=names)
     return record.cls, kwargs
 
 
+def _constructor_options(record: OptimizerRecord, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Typed options, with the rows of the report that `gsnr` names in its place."""
+    options = parse_options(record, given)
+    source = options.pop("gsnr", None)
+    if isinstance(source, (str, os.PathLike)):
+        options["gsnr"] = GSNRReport.from_pretrained(source).tensors
+    elif source is not None:
+        options["gsnr"] = getattr(source, "tensors", source)
+    return options
+
+
 def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
-    """A distributed mode in which the statistics would be those of a shard is an error, not a wrong result."""
+    """What would give another result than asked for is an error before the first step."""
     for field in ("deepspeed", "fsdp"):
         if getattr(args, field, None):
             raise OptionError(
                 f"optim={record.name!r} measures whole tensors, but {field} is set and splits them over the ranks; "
                 f"unset {field} (DDP works), or choose another optimizer"
+            )
+    if not record.layerwise:
+        return
+    ordinary = record.name.removesuffix("_layerwise")
+    for field, needed in (
+        ("max_grad_norm", 0),  # there is nothing left to clip when all gradients are known
+        ("gradient_accumulation_steps", 1),
+        ("fp16", False),
+        ("world_size", 1),
+    ):
+        value = getattr(args, field)
+        if value != needed and value is not None:
+            raise OptionError(
+                f"optim={record.name!r} updates inside the backward pass and needs {field}={needed}, but it is "
+                f"{value}; set it so, or use optim={ordinary!r}"
             )
 
 

@@ -24,7 +24,7 @@ def test_report_prints_the_table(tmp_path):
     GSNRReport.from_optimizer(optimizer).save(tmp_path, picture=False)
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert result.exit_code == 0
-    assert "1 tensors: 1 measured, 0 fallback, 0 pending" in result.output
+    assert "1 tensors: 1 measured\n" in result.output
 
 
 def test_report_of_a_damaged_file_is_one_sentence(tmp_path):

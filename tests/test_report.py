@@ -178,7 +178,7 @@ def test_picture_marks_pending_and_fallback_and_names_the_kinds(report):
     assert legend[0] == "measured: 2"
     assert legend[1].startswith("fallback, no deviation: 1")
     assert legend[2].startswith("pending, no gradient yet: 1")
-    assert "2 tensors measured, 1 fallback, 1 pending" in figure.get_suptitle()
+    assert "of 4 tensors (g-SNR): 2 measured, 1 fallback, 1 pending" in figure.get_suptitle()
     measured = next(c for c in right.collections if len(c.get_offsets()) == 2)
     expected = [(math.sqrt(24), row.scale) for row in report.tensors[:2]]
     assert [tuple(point) for point in measured.get_offsets().tolist()] == [pytest.approx(point) for point in expected]

@@ -15,7 +15,7 @@ import torch
 from reference import ReferenceSGDSaI
 
 from hf_sai.optim import SGDSaI
-from hf_sai.optim.sgd_sai import NORMALIZATIONS
+from hf_sai.optim.gsnr import NORMALIZATIONS
 
 
 def params_like(*shapes, dtype=torch.float32):

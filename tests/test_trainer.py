@@ -171,7 +171,7 @@ def test_card_keeps_what_the_host_wrote_and_gets_our_section_once(tmp_path):
     [
         (
             "momentun=0.9",
-            r"momentun is not an option of sgd_sai; did you mean momentum\? valid options: eps, maximize",
+            r"momentun is not an option of sgd_sai; did you mean momentum\? valid options: eps, foreach",
         ),
         ("momentum=abc", r"momentum of sgd_sai must be a number but is 'abc'; write for example momentum=0.9"),
         ("momentum", r"optim_args must be name=value entries with commas between, but 'momentum'"),

@@ -13,14 +13,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 # Elements per pass: 2 MiB in float64 stays in cache, and the sum of 2^18 equal float32 numbers is exact in float64, so
 # that a constant gradient is found to be exactly constant.
 CHUNK_NUMEL = 1 << 18
+
+NORMALIZATIONS = ("none", "max")
+
+
+@dataclass(frozen=True)
+class TensorGSNR:
+    """
+    What SGD-SaI knows of one tensor; a row of the g-SNR report.
+
+    Args:
+        name (`str`): The parameter's name where the groups carry names, else `group<i>.<j>`.
+        shape (`tuple[int, ...]`): Shape of the parameter (of all shards together).
+        numel (`int`): Number of elements.
+        group (`int`): Index of its parameter group.
+        gsnr (`float`): Measured g-SNR, `sqrt(numel)` for a fallback, 0.0 while pending.
+        scale (`float`): What the learning rate is multiplied by: `gsnr`, or `gsnr / max` under `normalize="max"`.
+        step (`int`): Optimizer step (from 1) of its first informative gradient, 0 while there was none.
+        status (`str`): `"measured"`, `"fallback"` (constant gradient or one element), `"given"` (from another run) or
+            `"pending"` (no gradient yet that is finite and not all zero).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    group: int
+    gsnr: float
+    scale: float
+    step: int
+    status: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,9 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     Everything is computed where the gradients are and fetched once per device, so that measuring costs one
     synchronisation, not one per tensor. Extra memory: one chunk of `CHUNK_NUMEL` elements.
 
+    A DTensor counts as the whole tensor: the moments of its shards are combined over its mesh, in one collective per
+    mesh dimension for all gradients together. All ranks have to call this with the same gradients.
+
     Args:
         gradients (sequence of `torch.Tensor`): Dense floating-point tensors of any shape, dtype and device. Not
             written.
@@ -109,35 +142,72 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     Returns:
         `list[GradientMoments]`: One per gradient, in order.
     """
-    by_device: dict[torch.device, list[int]] = {}
+    by_place: dict[Any, list[int]] = {}
     for index, gradient in enumerate(gradients):
-        by_device.setdefault(gradient.device, []).append(index)
-    fetched: dict[int, tuple[float, float]] = {}
-    for indices in by_device.values():
-        pairs = torch.stack([_mean_and_deviations(gradients[index]) for index in indices]).tolist()
-        fetched.update(zip(indices, ((mean, deviations) for mean, deviations in pairs), strict=True))
+        place: Any = getattr(gradient, "device_mesh", gradient.device) if is_sharded(gradient) else gradient.device
+        by_place.setdefault(place, []).append(index)
+    fetched: dict[int, list[float]] = {}
+    for place, indices in by_place.items():
+        there = [gradients[index] for index in indices]
+        table = torch.stack([_local_moments(local(gradient)) for gradient in there])
+        if not isinstance(place, torch.device):
+            table = _combine_over_mesh(table, there, place)
+        fetched.update(zip(indices, table.tolist(), strict=True))
     return [
-        GradientMoments(gradient.numel(), *fetched[index], rounding=torch.finfo(gradient.dtype).eps)
+        GradientMoments(gradient.numel(), fetched[index][1], fetched[index][2], torch.finfo(gradient.dtype).eps)
         for index, gradient in enumerate(gradients)
     ]
 
 
-def _mean_and_deviations(gradient: Tensor) -> Tensor:
-    """`[mean, sum of squared deviations]` of one gradient, on its device, chunk by chunk (Chan et al., 1979)."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
+    return type(tensor) is not Tensor and type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The piece of a DTensor that this rank holds (sharing its memory); any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _local_moments(gradient: Tensor) -> Tensor:
+    """`[count, mean, sum of squared deviations]` of one tensor, on its device, chunk by chunk."""
     dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
-    mean = torch.zeros((), dtype=dtype, device=gradient.device)
-    deviations = torch.zeros_like(mean)
-    count = 0
+    total = torch.zeros(3, dtype=dtype, device=gradient.device)
     for chunk in gradient.detach().flatten().split(CHUNK_NUMEL):
         if chunk.numel() == 0:  # an empty tensor still splits into one empty chunk
             continue
         values = chunk.to(dtype)
-        chunk_mean = values.mean()
-        total = count + values.numel()
-        shift = chunk_mean - mean
-        deviations = (
-            deviations + (values - chunk_mean).square_().sum() + shift.square() * (count * values.numel() / total)
-        )
-        mean = mean + shift * (values.numel() / total)
-        count = total
-    return torch.stack([mean, deviations])
+        mean = values.mean()
+        count = torch.full_like(mean, values.numel())
+        piece = torch.stack([count, mean, (values - mean).square_().sum()])
+        total = combine_moments(total, piece)
+    return total
+
+
+def combine_moments(first: Tensor, second: Tensor) -> Tensor:
+    """
+    `[..., 3]` rows of count, mean and sum of squared deviations of two pieces, as rows of the whole (Chan et al.).
+
+    A piece without elements changes nothing.
+    """
+    count = first[..., 0] + second[..., 0]
+    share = second[..., 0] / count.clamp(min=1)
+    shift = second[..., 1] - first[..., 1]
+    mean = first[..., 1] + shift * share
+    deviations = first[..., 2] + second[..., 2] + shift.square() * (first[..., 0] * share)
+    return torch.stack([count, mean, deviations], dim=-1)
+
+
+def _combine_over_mesh(table: Tensor, gradients: Sequence[Tensor], mesh: Any) -> Tensor:
+    """Rows of the whole tensors from those of the shards; a dimension over which one is replicated adds nothing."""
+    for dim in range(mesh.ndim):
+        sharded = [gradient.placements[dim].is_shard() for gradient in gradients]  # type: ignore[attr-defined]
+        if not any(sharded):
+            continue
+        pieces = [torch.empty_like(table) for _ in range(mesh.size(dim))]
+        torch.distributed.all_gather(pieces, table.contiguous(), group=mesh.get_group(dim))
+        whole = pieces[0]
+        for piece in pieces[1:]:
+            whole = combine_moments(whole, piece)
+        table = torch.where(torch.tensor(sharded, device=table.device).unsqueeze(-1), whole, table)
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,7 +11,9 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from .sgd_sai import NORMALIZATIONS, SGDSaI
+from .gsnr import NORMALIZATIONS
+from .layerwise import SGDSaILayerwise
+from .sgd_sai import STATE_DTYPES, SGDSaI
 
 
 class OptionError(ValueError):
@@ -47,6 +50,7 @@ class OptimizerRecord:
         options (`tuple[Option, ...]`): Options besides `lr` and `weight_decay`, which hosts have fields for.
         paper (`str`): arXiv id.
         learning_rate_hint (`str`): What to set the learning rate to, in one sentence.
+        layerwise (`bool`): Whether it updates inside the backward pass.
     """
 
     name: str
@@ -55,10 +59,11 @@ class OptimizerRecord:
     options: tuple[Option, ...]
     paper: str
     learning_rate_hint: str
+    layerwise: bool = False
 
     def default(self, name: str) -> Any:
         """The constructor's default of an argument."""
-        return inspect.signature(self.cls.__init__).parameters[name].default
+        return inspect.signature(self.cls).parameters[name].default
 
 
 def _to_float(value: Any) -> float:
@@ -79,6 +84,29 @@ def _to_bool(value: Any) -> bool:
     return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
 
 
+def _is_none(value: Any) -> bool:
+    return value is None or str(value).lower() == "none"
+
+
+def _to_bool_or_none(value: Any) -> bool | None:
+    return None if _is_none(value) else _to_bool(value)
+
+
+def _to_state_dtype(value: Any) -> str | None:
+    if _is_none(value):
+        return None
+    name = str(value).removeprefix("torch.")
+    if name not in STATE_DTYPES:
+        raise ValueError
+    return name
+
+
+def _to_source(value: Any) -> Any:
+    if value == "" or isinstance(value, (bool, int, float)):
+        raise ValueError
+    return None if _is_none(value) else value
+
+
 def _to_normalization(value: Any) -> str:
     if value is None:  # a host that reads Python literals hands on "none" as None
         return "none"
@@ -87,25 +115,39 @@ def _to_normalization(value: Any) -> str:
     return str(value)
 
 
+_SGD_SAI = OptimizerRecord(
+    name="sgd_sai",
+    cls=SGDSaI,
+    description="SGD-SaI: momentum SGD, learning-rate scale per tensor measured once; half of AdamW's state",
+    options=(
+        Option("momentum", "a number", _to_float, "decay of the momentum buffer, in [0, 1); 0 keeps none"),
+        Option("eps", "a number", _to_float, "added to the gradient's standard deviation"),
+        Option("normalize", "none or max", _to_normalization, "divide g-SNR by its maximum over the model"),
+        Option("measure_steps", "a whole number", _to_int, "average g-SNR over this many first gradients"),
+        Option("maximize", "true or false", _to_bool, "ascend instead of descend"),
+        Option("foreach", "true, false or none", _to_bool_or_none, "update lists of tensors at once"),
+        Option("fused", "true, false or none", _to_bool_or_none, "one pass over memory; none chooses"),
+        Option("state_dtype", "float32, bfloat16, float16 or none", _to_state_dtype, "of the momentum buffer"),
+        Option("stochastic_rounding", "true or false", _to_bool, "of bf16 parameters"),
+        Option("gsnr", "a report: file, folder or Hub repository", _to_source, "take scales, measure nothing"),
+    ),
+    paper="2412.11768",
+    learning_rate_hint=(
+        "start at 1e-2 for full training and 1e-1 for LoRA with normalize=none; "
+        "with normalize=max, multiply by the largest g-SNR in the report"
+    ),
+)
+
 _RECORDS: dict[str, OptimizerRecord] = {
     record.name: record
     for record in [
-        OptimizerRecord(
-            name="sgd_sai",
-            cls=SGDSaI,
-            description="SGD-SaI: momentum SGD, learning-rate scale per tensor measured once; half of AdamW's state",
-            options=(
-                Option("momentum", "a number", _to_float, "decay of the momentum buffer, in [0, 1); 0 keeps none"),
-                Option("eps", "a number", _to_float, "added to the gradient's standard deviation"),
-                Option("normalize", "none or max", _to_normalization, "divide g-SNR by its maximum over the model"),
-                Option("measure_steps", "a whole number", _to_int, "average g-SNR over this many first gradients"),
-                Option("maximize", "true or false", _to_bool, "ascend instead of descend"),
-            ),
-            paper="2412.11768",
-            learning_rate_hint=(
-                "start at 1e-2 for full training and 1e-1 for LoRA with normalize=none; "
-                "with normalize=max, multiply by the largest g-SNR in the report"
-            ),
+        _SGD_SAI,
+        dataclasses.replace(
+            _SGD_SAI,
+            name="sgd_sai_layerwise",
+            cls=SGDSaILayerwise,
+            description="SGD-SaI that updates, and frees each gradient, inside the backward pass; one process",
+            layerwise=True,
         ),
     ]
 }
@@ -129,6 +171,15 @@ def get_record(name: str) -> OptimizerRecord:
     if name not in _RECORDS:
         raise OptionError(f"{name!r} is not an optimizer of hf_sai; choose one of: {', '.join(sorted(_RECORDS))}")
     return _RECORDS[name]
+
+
+def record_of(optimizer: Optimizer) -> OptimizerRecord | None:
+    """The record of a live optimizer's class, or of the nearest class that it derives from; `None` if not ours."""
+    for cls in type(optimizer).__mro__:
+        for record in _RECORDS.values():
+            if record.cls is cls:
+                return record
+    return None
 
 
 def parse_options(record: OptimizerRecord, given: Mapping[str, Any]) -> dict[str, Any]:

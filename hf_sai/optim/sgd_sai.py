@@ -8,47 +8,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .gsnr import GradientMoments, fallback_snr, gradient_moments, gradient_snr
+from .gsnr import (
+    NORMALIZATIONS,
+    GradientMoments,
+    TensorGSNR,
+    fallback_snr,
+    gradient_moments,
+    gradient_snr,
+    is_sharded,
+    local,
+)
+from .updates import Batch, update
 
 
 logger = logging.getLogger(__name__)
 
-NORMALIZATIONS = ("none", "max")
-
-
-@dataclass(frozen=True)
-class TensorGSNR:
-    """
-    What SGD-SaI knows of one tensor; a row of the g-SNR report.
-
-    Args:
-        name (`str`): The parameter's name where the groups carry names, else `group<i>.<j>`.
-        shape (`tuple[int, ...]`): Shape of the parameter.
-        numel (`int`): Number of elements.
-        group (`int`): Index of its parameter group.
-        gsnr (`float`): Measured g-SNR, `sqrt(numel)` for a fallback, 0.0 while pending.
-        scale (`float`): What the learning rate is multiplied by: `gsnr`, or `gsnr / max` under `normalize="max"`.
-        step (`int`): Optimizer step (from 1) of its first informative gradient, 0 while pending.
-        status (`str`): `"measured"`, `"fallback"` (constant gradient or one element) or `"pending"` (no gradient yet
-            that is finite and not all zero).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    numel: int
-    group: int
-    gsnr: float
-    scale: float
-    step: int
-    status: str
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A bf16 number has 8 bits of mantissa: a change below half of 2^-8 of it is rounded away.
+BF16_RESOLUTION = 2.0**-8
 
 
 class SGDSaI(Optimizer):
@@ -73,10 +57,13 @@ class SGDSaI(Optimizer):
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
-    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` (bool), and
-    `momentum_buffer` (parameter's shape and dtype) where `momentum` is not 0: half of AdamW's. It is made for every
-    trainable tensor in the first `step()`, so that its keys depend neither on which gradients came nor on parameters
-    that a sharding library replaces after construction. `state_dict()` holds plain values and tensors only.
+    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), and
+    `momentum_buffer` (parameter's shape) where `momentum` is not 0: half of AdamW's. It is made for every trainable
+    tensor in the first `step()`, so that its keys depend neither on which gradients came nor on parameters that a
+    sharding library replaces after construction. `state_dict()` holds plain values and tensors only.
+
+    DTensors (FSDP2, tensor parallelism) are measured as whole tensors, with one collective in a step that measures,
+    and updated shard by shard. Every rank has to call `step()`.
 
     Args:
         params (iterable of `torch.Tensor`, of `("name", tensor)` pairs, or of group `dict`s):
@@ -96,10 +83,24 @@ class SGDSaI(Optimizer):
             g-SNR is the mean over this many first informative gradients of each tensor. 1 is the paper.
         maximize (`bool`, *optional*, defaults to `False`):
             Ascend instead of descend. `p.grad` is not written.
+        foreach (`bool`, *optional*):
+            Whether to update lists of tensors at once. `None`: for small tensors on accelerators.
+        fused (`bool`, *optional*):
+            Whether to read and write memory once per element. `None`: on CPU, and for large tensors on CUDA. Tensors
+            for which it can't (mixed or low precision with decay, not contiguous) take the plain path, to the same
+            result up to rounding. Nothing is compiled.
+        state_dtype (`str` or `torch.dtype`, *optional*):
+            Of the momentum buffer: `"float32"`, `"bfloat16"` or `"float16"`. `None`: the parameter's.
+        stochastic_rounding (`bool`, *optional*, defaults to `False`):
+            Rounds bf16 parameters at random instead of to the nearest, so that updates below their resolution are not
+            lost. Uses torch's global random numbers.
+        gsnr (iterable of rows, *optional*):
+            Scales of another run instead of measuring: `report.tensors` or `gsnr_statistics()`. Parameters need names,
+            the same as the rows'. A row that is pending is measured as usual.
 
     Raises:
-        `ValueError`: An option is out of its range, or groups ask for different `normalize`.
-        `RuntimeError`: In `step()`, a gradient is sparse, or a parameter is complex or sharded.
+        `ValueError`: An option is out of its range, groups ask for different `normalize`, or `gsnr` does not fit.
+        `RuntimeError`: In `step()`, a gradient is sparse or a parameter is complex.
 
     Example:
 
@@ -122,6 +123,11 @@ class SGDSaI(Optimizer):
         normalize: Literal["none", "max"] = "none",
         measure_steps: int = 1,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        state_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        gsnr: Iterable[Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -131,13 +137,19 @@ class SGDSaI(Optimizer):
             "normalize": normalize,
             "measure_steps": measure_steps,
             "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "state_dtype": _dtype_name(state_dtype),
+            "stochastic_rounding": stochastic_rounding,
             # Not options, but they decide updates and so live where state_dict() saves them. Equal in every group.
             "step": 0,
             "gsnr_max": 0.0,
-            "gsnr_max_step": 0,
+            "gsnr_max_step": 0,  # step that fixed the maximum; -1 where it was given
         }
         _check_options(defaults)
         super().__init__(params, defaults)
+        if gsnr is not None:
+            self._take_given(list(gsnr))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -157,6 +169,7 @@ class SGDSaI(Optimizer):
         """
         first = self.param_groups[0] if self.param_groups else self.defaults
         merged = {**self.defaults, **param_group}
+        merged["state_dtype"] = _dtype_name(merged["state_dtype"])
         _check_options(merged)
         if merged["normalize"] != first["normalize"]:
             raise ValueError(
@@ -164,7 +177,7 @@ class SGDSaI(Optimizer):
                 f"{first['normalize']!r}; the maximum is taken over the whole model, so set it once"
             )
         shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
-        super().add_param_group({**param_group, **shared})
+        super().add_param_group({**param_group, "state_dtype": merged["state_dtype"], **shared})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -187,31 +200,21 @@ class SGDSaI(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._init_state()
-        first, skipped = self._measure()
+        self._advance()
+        return loss
+
+    def _advance(self) -> None:
+        """Measures what is not settled, and updates every tensor that has a gradient."""
+        unsettled = self._collect(self._params())
+        moments = gradient_moments([_gradient(param) for _, _, param in unsettled])
+        self._count_step(moments)
+        first, skipped = self._measure(unsettled, moments, self.param_groups[0]["step"])
+        if unsettled:
+            self._update_max()
+            self._warn_if_bf16_stays(unsettled, moments, first)
         normalizer = self._normalizer()
         for group in self.param_groups:
-            momentum = group["momentum"]
-            for param in group["params"]:
-                if param.grad is None or param in skipped:
-                    continue
-                state = self.state[param]
-                is_first = param in first
-                if momentum != 0 and "momentum_buffer" not in state:  # switched on after the first step
-                    state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                    is_first = True
-                _update_tensor(
-                    param,
-                    param.grad,
-                    state["momentum_buffer"] if momentum != 0 else None,
-                    is_first=is_first,
-                    lr=float(group["lr"]),
-                    scale=state["gsnr"] / normalizer,
-                    momentum=momentum,
-                    weight_decay=group["weight_decay"],
-                    maximize=group["maximize"],
-                )
-        return loss
+            self._update(group, group["params"], normalizer, first, skipped)
 
     def gsnr_statistics(self) -> list[TensorGSNR]:
         """
@@ -223,9 +226,8 @@ class SGDSaI(Optimizer):
         rows = []
         normalizer = self._normalizer()
         for group_index, index, param in self._params():
-            state = self.state.get(param, {})
-            gsnr = state.get("gsnr", 0.0)
-            if not param.requires_grad and not gsnr:
+            state = self.state.get(param) or self._new_state(group_index, index)
+            if not param.requires_grad and not state["gsnr_step"]:
                 continue
             rows.append(
                 TensorGSNR(
@@ -233,9 +235,9 @@ class SGDSaI(Optimizer):
                     shape=tuple(param.shape),
                     numel=param.numel(),
                     group=group_index,
-                    gsnr=gsnr,
-                    scale=gsnr / normalizer,
-                    step=state.get("gsnr_step", 0),
+                    gsnr=state["gsnr"],
+                    scale=state["gsnr"] / normalizer,
+                    step=state["gsnr_step"],
                     status=_status(state),
                 )
             )
@@ -248,9 +250,8 @@ class SGDSaI(Optimizer):
         Raises:
             `ValueError`: The state was written by another optimizer.
         """
-        foreign = [
-            key for group in state_dict["param_groups"] for key in ("normalize", "gsnr_max") if key not in group
-        ]
+        groups = state_dict["param_groups"]
+        foreign = [key for group in groups for key in ("normalize", "gsnr_max") if key not in group]
         if foreign:
             kept = sorted({key for values in state_dict["state"].values() for key in values})
             raise ValueError(
@@ -270,6 +271,35 @@ class SGDSaI(Optimizer):
             if saved is not None and saved.dtype != param.dtype:
                 self.state[param]["momentum_buffer"] = saved.to(device=param.device, copy=True)
 
+    def _take_given(self, rows: list[Any]) -> None:
+        """Keeps the scales of another run in the groups (`gsnr_given`), until the state is made."""
+        by_name = {row.name: row for row in rows}
+        mine = {self._name(group, index): param for group, index, param in self._params() if param.requires_grad}
+        odd = [f"{name} is not in the model" for name in by_name if name not in mine]
+        odd += [f"{name} is not in gsnr" for name in mine if name not in by_name]
+        odd += [
+            f"{name} has shape {tuple(mine[name].shape)}, in gsnr {tuple(row.shape)}"
+            for name, row in by_name.items()
+            if name in mine and tuple(row.shape) != tuple(mine[name].shape)
+        ]
+        if odd:
+            more = f" and {len(odd) - 10} more" if len(odd) > 10 else ""
+            raise ValueError(
+                f"gsnr must hold the model's own tensors, by name and shape, but {'; '.join(odd[:10])}{more}; "
+                "give the report of a run on the same model and adapter, and parameters with their names"
+            )
+        for group_index, group in enumerate(self.param_groups):
+            names = [self._name(group_index, index) for index in range(len(group["params"]))]
+            given = [by_name.get(name) for name in names]
+            group["gsnr_given"] = [[row.gsnr, row.status == "fallback"] if row else [0.0, False] for row in given]
+        measured = [row for row in rows if row.gsnr and row.status != "fallback"]
+        if measured:
+            # Where the other run was normalised, gsnr / scale is its maximum, which late tensors may exceed.
+            normalized = max(row.gsnr / row.scale for row in measured)
+            largest = normalized if normalized > 1.0 + 1e-9 else max(row.gsnr for row in measured)
+            for group in self.param_groups:
+                group["gsnr_max"], group["gsnr_max_step"] = largest, -1
+
     def _params(self) -> Iterator[tuple[int, int, Tensor]]:
         """Group index, index in the group, tensor."""
         for group_index, group in enumerate(self.param_groups):
@@ -280,39 +310,53 @@ class SGDSaI(Optimizer):
         names = self.param_groups[group_index].get("param_names")
         return names[index] if names else f"group{group_index}.{index}"
 
-    def _init_state(self) -> None:
-        """Makes the state of every trainable tensor that has none, and refuses what the update can't do."""
-        for group_index, index, param in self._params():
-            if not param.requires_grad and param.grad is None:
-                continue
-            if param.grad is not None:
-                _check_gradient(param, self._name(group_index, index))
-            state = self.state[param]
-            if state:
-                continue
-            state.update({"gsnr": 0.0, "gsnr_step": 0, "gsnr_count": 0, "gsnr_fallback": False})
-            if self.param_groups[group_index]["momentum"] != 0:
-                state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    def _new_state(self, group_index: int, index: int) -> dict[str, Any]:
+        """The state of a tensor before its first gradient, without the buffer."""
+        given = self.param_groups[group_index].get("gsnr_given")
+        gsnr, fallback = given[index] if given else (0.0, False)
+        return {
+            "gsnr": gsnr,
+            "gsnr_step": 0,
+            "gsnr_count": 0,
+            "gsnr_fallback": fallback,
+            "gsnr_given": gsnr > 0.0,
+        }
 
-    def _measure(self) -> tuple[set[Tensor], set[Tensor]]:
+    def _new_buffer(self, group: dict[str, Any], param: Tensor) -> Tensor:
+        dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else param.dtype
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _collect(self, params: Iterable[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
+        """Of some tensors, those with a gradient whose g-SNR is not settled; makes the state where there is none."""
+        unsettled = []
+        for group_index, index, param in params:
+            if param.grad is None and not param.requires_grad:
+                continue
+            group, state = self.param_groups[group_index], self.state[param]
+            if not state:
+                state.update(self._new_state(group_index, index))
+                if group["momentum"] != 0:
+                    state["momentum_buffer"] = self._new_buffer(group, param)
+            if param.grad is not None and (
+                state["gsnr_step"] == 0 or (state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"])
+            ):
+                _check_gradient(param, self._name(group_index, index))
+                unsettled.append((group_index, index, param))
+        return unsettled
+
+    def _measure(
+        self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], step: int
+    ) -> tuple[set[Tensor], set[Tensor]]:
         """
-        Measures every tensor whose g-SNR is not settled.
+        Records the g-SNR of tensors that are not settled.
 
         Returns:
             Two sets of tensors: those that had their first informative gradient now (the momentum buffer starts with
             it), and those to leave alone in this step (first gradient not finite).
         """
-        unsettled = [
-            (group_index, index, param, param.grad)
-            for group_index, index, param in self._params()
-            if param.grad is not None
-            and self.state[param]["gsnr_count"] < self.param_groups[group_index]["measure_steps"]
-        ]
-        moments = gradient_moments([gradient for *_, gradient in unsettled])
-        self._count_step(moments)
         first: set[Tensor] = set()
         skipped: set[Tensor] = set()
-        for (group_index, index, param, _), moment in zip(unsettled, moments, strict=True):
+        for (group_index, index, param), moment in zip(unsettled, moments, strict=True):
             state = self.state[param]
             if not moment.is_finite:
                 if state["gsnr_step"] == 0:
@@ -321,11 +365,42 @@ class SGDSaI(Optimizer):
             elif not moment.is_zero:
                 if state["gsnr_step"] == 0:
                     first.add(param)
-                    state["gsnr_step"] = self.param_groups[group_index]["step"]
-                _record(state, moment, self.param_groups[group_index]["eps"])
-        if moments:
-            self._update_max()
+                    state["gsnr_step"] = step
+                if not state["gsnr_given"]:
+                    _record(state, moment, self.param_groups[group_index]["eps"])
         return first, skipped
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: Iterable[Tensor],
+        normalizer: float,
+        first: set[Tensor],
+        skipped: set[Tensor],
+    ) -> None:
+        """Updates tensors of a group. A pending one has gradient zero and scale 0: only the decay is left."""
+        lr, momentum = float(group["lr"]), group["momentum"]
+        options = (1.0 - lr * group["weight_decay"], group["maximize"], group["stochastic_rounding"])
+        moving, starting = Batch(momentum, *options), Batch(0.0, *options)
+        for param in params:
+            if param.grad is None or (skipped and param in skipped):
+                continue
+            state = self.state[param]
+            grad, batch = _gradient(param), moving
+            if momentum != 0:
+                buffer = state.get("momentum_buffer")
+                if buffer is None or (first and param in first):  # None: momentum was switched on after the first step
+                    buffer = state["momentum_buffer"] = self._new_buffer(group, param) if buffer is None else buffer
+                    local(buffer).copy_(local(grad)).mul_(-1.0 if group["maximize"] else 1.0)
+                    batch = starting  # m_1 = g_1: the update is that without momentum
+                else:
+                    batch.buffers.append(local(buffer))
+            batch.params.append(local(param))
+            batch.grads.append(local(grad))
+            batch.step_sizes.append(lr * state["gsnr"] / normalizer)
+        for batch in (starting, moving):
+            if batch.params:
+                update(batch, group["foreach"], group["fused"])
 
     def _count_step(self, moments: list[GradientMoments]) -> None:
         """
@@ -339,19 +414,21 @@ class SGDSaI(Optimizer):
         for group in self.param_groups:
             group["step"] += 1
 
+    def _max_is_fixed(self, step: int) -> bool:
+        """Whether the maximum was given, or the window of steps that set it was over before `step`."""
+        first_step = self.param_groups[0]["gsnr_max_step"]
+        window = max(group["measure_steps"] for group in self.param_groups)
+        return first_step < 0 or 0 < first_step <= step - window
+
     def _update_max(self) -> None:
         """Sets the maximum over the model in the first `measure_steps` steps that measured; it then stays."""
+        step = self.param_groups[0]["step"]
         measured = [state for state in self.state.values() if state["gsnr_step"] and not state["gsnr_fallback"]]
-        if not measured:
-            return
-        first_step = self.param_groups[0]["gsnr_max_step"] or self.param_groups[0]["step"]
-        window = max(group["measure_steps"] for group in self.param_groups)
-        if self.param_groups[0]["step"] >= first_step + window:
+        if self._max_is_fixed(step) or not measured:
             return
         largest = max(state["gsnr"] for state in measured)
         for group in self.param_groups:
-            group["gsnr_max"] = largest
-            group["gsnr_max_step"] = first_step
+            group["gsnr_max"], group["gsnr_max_step"] = largest, group["gsnr_max_step"] or step
 
     def _normalizer(self) -> float:
         """What g-SNR is divided by to give the scale."""
@@ -373,6 +450,43 @@ class SGDSaI(Optimizer):
                 moment.count,
             )
 
+    def _warn_if_bf16_stays(
+        self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
+    ) -> None:
+        """One warning where bf16 parameters would be moved by less than they resolve, at the peak learning rate."""
+        if self.__dict__.get("_warned_bf16"):
+            return
+        bf16 = [
+            (group, self._name(group, index), param, moment)
+            for (group, index, param), moment in zip(unsettled, moments, strict=True)
+            if param in first and param.dtype == torch.bfloat16 and not self.param_groups[group]["stochastic_rounding"]
+        ]
+        stuck = []
+        normalizer = self._normalizer()
+        for (group, name, param, moment), values in zip(
+            bf16, gradient_moments([param.detach() for _, _, param, _ in bf16]), strict=True
+        ):
+            peak = float(self.param_groups[group].get("initial_lr", self.param_groups[group]["lr"]))
+            move = peak * self.state[param]["gsnr"] / normalizer * moment.norm
+            if 0.0 < move < BF16_RESOLUTION * values.norm:
+                stuck.append((move / values.norm, name))
+        if stuck:
+            self.__dict__["_warned_bf16"] = True
+            logger.warning(
+                "%d of %d bf16 parameters move by less than 2^-8 of their size in a step (%s: %.1e), so that most of "
+                "it is rounded away: set stochastic_rounding=True, keep the parameters in float32, or raise the "
+                "learning rate.",
+                len(stuck),
+                len(bf16),
+                min(stuck)[1],
+                min(stuck)[0],
+            )
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """`torch.bfloat16` as `"bfloat16"`: a group holds plain values."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
 
 def _check_options(options: dict[str, Any]) -> None:
     """Raises `ValueError` for the first option that is out of its range."""
@@ -389,8 +503,19 @@ def _check_options(options: dict[str, Any]) -> None:
     steps = options["measure_steps"]
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"measure_steps must be a whole number >= 1 but is {steps!r}; the paper uses 1")
-    if not isinstance(options["maximize"], bool):
-        raise ValueError(f"maximize must be True or False but is {options['maximize']!r}; give one of the two")
+    for name in ("maximize", "stochastic_rounding"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be True or False but is {options[name]!r}; give one of the two")
+    for name in ("foreach", "fused"):
+        if options[name] is not None and not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be True, False or None but is {options[name]!r}; None chooses by itself")
+    if options["foreach"] and options["fused"]:
+        raise ValueError("foreach and fused must not both be True, but they are; set one, or none to let it choose")
+    if options["state_dtype"] is not None and options["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype must be one of {', '.join(STATE_DTYPES)} or None but is {options['state_dtype']!r}; "
+            "None keeps the parameter's"
+        )
 
 
 def _check_gradient(param: Tensor, name: str) -> None:
@@ -405,11 +530,15 @@ def _check_gradient(param: Tensor, name: str) -> None:
         raise RuntimeError(
             f"SGDSaI needs real parameters but {name} is {param.dtype}; store it as real and view it as complex"
         )
-    if hasattr(param, "device_mesh"):
-        raise RuntimeError(
-            f"SGDSaI measures whole tensors but {name} is sharded (a DTensor, as FSDP2 and tensor parallelism make): "
-            "its g-SNR would be too small by sqrt(shards); train it on one process or with DDP"
-        )
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """The gradient; of a DTensor, laid out over the ranks as the parameter is."""
+    grad = param.grad
+    assert grad is not None
+    if is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return grad
 
 
 def _record(state: dict[str, Any], moments: GradientMoments, eps: float) -> None:
@@ -422,41 +551,8 @@ def _record(state: dict[str, Any], moments: GradientMoments, eps: float) -> None
 
 
 def _status(state: dict[str, Any]) -> str:
-    if not state.get("gsnr_step"):
-        return "pending"
-    return "fallback" if state["gsnr_fallback"] else "measured"
-
-
-def _update_tensor(
-    param: Tensor,
-    gradient: Tensor,
-    buffer: Tensor | None,
-    *,
-    is_first: bool,
-    lr: float,
-    scale: float,
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    """
-    The update of one tensor, in place; bf16 and fp16 are computed in float32 and rounded once.
-
-    `scale` is 0.0 for a pending tensor, whose gradient is zero: only the decay is left.
-    """
-    sign = -1.0 if maximize else 1.0
-    wide = torch.promote_types(param.dtype, torch.float32)
-    direction = gradient.to(wide)
-    if buffer is not None:
-        average = buffer.to(wide)
-        if is_first:
-            average.copy_(direction).mul_(sign)
-        else:
-            average.mul_(momentum).add_(direction, alpha=sign * (1.0 - momentum))
-        if average is not buffer:
-            buffer.copy_(average)
-        direction, sign = average, 1.0
-    values = param.to(wide)
-    values.mul_(1.0 - lr * weight_decay).add_(direction, alpha=-sign * lr * scale)
-    if values is not param:
-        param.copy_(values)
+    if state["gsnr_fallback"]:
+        return "fallback"
+    if state["gsnr_given"]:
+        return "given"
+    return "measured" if state["gsnr_step"] else "pending"

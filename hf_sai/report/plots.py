@@ -46,10 +46,11 @@ def report_png(report: GSNRReport) -> bytes:
 
 def _headline(report: GSNRReport) -> str:
     counts = report.summary()
-    parts = [f"{int(counts['measured'])} tensors measured"]
-    parts += [f"{int(counts[status])} {status}" for status in ("fallback", "pending") if counts[status]]
+    parts = [
+        f"{int(counts[status])} {status}" for status in ("measured", "given", "fallback", "pending") if counts[status]
+    ]
     learning_rate = f"learning rate {report.learning_rate:g}, normalize={report.options.get('normalize', 'none')}"
-    return f"Learning-rate scale per tensor (g-SNR): {', '.join(parts)}  |  {learning_rate}"
+    return f"Learning-rate scale of {len(report.tensors)} tensors (g-SNR): {', '.join(parts)}  |  {learning_rate}"
 
 
 def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kinds: list[str], hidden: int) -> None:
@@ -105,8 +106,8 @@ def _draw_against_size(axes: Any, report: GSNRReport) -> None:
     pending = report.by_status("pending")
     normalizer = report.gsnr_max if report.options.get("normalize") == "max" and report.gsnr_max else 1.0
     floor = min((row.scale for row in settled), default=1.0) / 2
-    for status, marker, colour in (("measured", "o", POINT_COLOUR), ("fallback", "s", FALLBACK_COLOUR)):
-        rows = report.by_status(status)
+    for fallback, marker, colour in ((False, "o", POINT_COLOUR), (True, "s", FALLBACK_COLOUR)):
+        rows = [row for row in settled if (row.status == "fallback") == fallback]
         x = [math.sqrt(row.numel) for row in rows]
         axes.scatter(x, [row.scale for row in rows], marker=marker, s=34, color=colour, alpha=0.7, lw=0)
     if pending:
@@ -143,9 +144,9 @@ def _ratio_title(settled: list[TensorRow]) -> str:
 
 def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
     fallback = sum(row.status == "fallback" for row in settled)
-    handles: list[Any] = [
-        Line2D([], [], color=POINT_COLOUR, marker="o", lw=0, label=f"measured: {len(settled) - fallback}")
-    ]
+    given = sum(row.status == "given" for row in settled)
+    label = f"given: {given}" if given else f"measured: {len(settled) - fallback}"
+    handles: list[Any] = [Line2D([], [], color=POINT_COLOUR, marker="o", lw=0, label=label)]
     if fallback:
         label = f"fallback, no deviation: {fallback} (red frame at left)"
         handles.append(Line2D([], [], color=FALLBACK_COLOUR, marker="s", lw=0, label=label))

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-from ..optim.registry import OptimizerRecord, list_records
+from ..optim.registry import OptimizerRecord, record_of
 
 
 SCHEMA = 1
 REPORT_JSON = "gsnr_report.json"
 REPORT_PNG = "gsnr_report.png"
+STATUSES = ("measured", "given", "fallback", "pending")
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
 
@@ -45,7 +48,7 @@ class TensorRow:
         scale (`float`): What the learning rate is multiplied by.
         learning_rate (`float`): Peak learning rate of its group times `scale`.
         step (`int`): Optimizer step of its first informative gradient, from 1; 0 while pending.
-        status (`str`): `"measured"`, `"fallback"`, or `"pending"`.
+        status (`str`): `"measured"`, `"fallback"`, `"given"` or `"pending"`.
     """
 
     name: str
@@ -107,7 +110,7 @@ class GSNRReport:
         peak = [float(group.get("initial_lr", group["lr"])) for group in groups]
         return cls(
             optimizer=record.name,
-            options={option.name: groups[0][option.name] for option in record.options},
+            options={option.name: groups[0][option.name] for option in record.options if option.name in groups[0]},
             learning_rate=max(peak),
             weight_decay=max(group["weight_decay"] for group in groups),
             gsnr_max=groups[0]["gsnr_max"],
@@ -124,9 +127,9 @@ class GSNRReport:
 
     def summary(self) -> dict[str, float]:
         """
-        A few numbers for a log: tensors measured, fallback, pending; minimum, median, maximum of scale and ratio.
+        A few numbers for a log: tensors by status, minimum, median and maximum of scale, maximum of the ratio.
         """
-        counts = {f"{status}": float(len(self.by_status(status))) for status in ("measured", "fallback", "pending")}
+        counts = {f"{status}": float(len(self.by_status(status))) for status in STATUSES}
         settled = [row for row in self.tensors if row.status != "pending"]
         if not settled:
             return counts
@@ -152,7 +155,7 @@ class GSNRReport:
     def to_text(self) -> str:
         """A plain table by kind of tensor, for a terminal of 80 columns."""
         counts = self.summary()
-        states = ", ".join(f"{int(counts[status])} {status}" for status in ("measured", "fallback", "pending"))
+        states = ", ".join(f"{int(counts[status])} {status}" for status in STATUSES if counts[status])
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         lines = [
             f"{self.optimizer}  lr={self.learning_rate:g}, weight_decay={self.weight_decay:g}, {options}",
@@ -220,6 +223,33 @@ class GSNRReport:
         return _build(cls, fields, "the report")
 
     @classmethod
+    def from_pretrained(
+        cls, repo_id_or_path: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+    ) -> GSNRReport:
+        """
+        The report of a run: a file or folder here, else a repository of the Hub.
+
+        Args:
+            repo_id_or_path (`str` or path): Such as `"user/repo"`.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*): As in `huggingface_hub`; defaults to the one that is logged in.
+
+        Raises:
+            `ReportError`: There is no report, or it can't be read.
+        """
+        if Path(repo_id_or_path).exists():
+            return cls.load(repo_id_or_path)
+        try:
+            file = hf_hub_download(str(repo_id_or_path), REPORT_JSON, revision=revision, token=token)
+        except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ReportError(
+                f"a g-SNR report must be a file, a folder or a Hub repository with {REPORT_JSON}, but "
+                f"{repo_id_or_path!s} gave {type(error).__name__}: {reason}"
+            ) from None
+        return cls.load(file)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GSNRReport:
         """
         Reads a report.
@@ -257,9 +287,9 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def _record_of(optimizer: Any) -> OptimizerRecord:
-    for record in list_records():
-        if isinstance(optimizer, record.cls) and hasattr(optimizer, "gsnr_statistics"):
-            return record
+    record = record_of(optimizer)
+    if record is not None and hasattr(optimizer, "gsnr_statistics"):
+        return record
     raise TypeError(
         f"a g-SNR report needs an optimizer that measures g-SNR but got {type(optimizer).__name__}; pass SGDSaI itself"
     )

@@ -1,0 +1,247 @@
+"""The three paths of the update: equal to each other on mixed dtypes and layouts, and small in memory."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import torch
+
+from hf_sai.optim import SGDSaI, updates
+from hf_sai.optim.updates import BLOCK_NUMEL, Batch, round_stochastically_, update
+
+
+PATHS = {
+    "single": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "auto": {},
+}
+
+
+def mixed_params():
+    """Every dtype, non-contiguous and channels-last layouts, 0-d to 5-d, empty, and one larger than a block."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    tensors = [
+        make(()),
+        make(7),
+        make(5, 3, dtype=torch.float64),
+        make(4, 6, dtype=torch.bfloat16),
+        make(33, dtype=torch.float16),
+        make(6, 4).t(),
+        make(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        make(1, 2, 2, 1, 3),
+        make(0, 3),
+        make(BLOCK_NUMEL + 17),
+        make(BLOCK_NUMEL // 512 + 1, 513, dtype=torch.bfloat16),
+    ]
+    return [torch.nn.Parameter(tensor) for tensor in tensors]
+
+
+def run(path, steps=4, **options):
+    params = mixed_params()
+    optimizer = SGDSaI(params, lr=0.01, **PATHS[path], **options)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for param in params:
+            gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad = torch.empty_like(param).copy_(gradient)  # laid out as the parameter
+        optimizer.step()
+    return params, optimizer
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+@pytest.mark.parametrize(
+    ("momentum", "weight_decay", "maximize"), itertools.product([0.0, 0.9], [0.0, 0.1], [False, True])
+)
+@pytest.mark.parametrize("path", ["foreach", "fused", "auto"])
+def test_paths_are_equal_on_mixed_dtypes(path, momentum, weight_decay, maximize):
+    options = {"momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
+    expected, reference = run("single", **options)
+    found, optimizer = run(path, **options)
+    assert optimizer.gsnr_statistics() == reference.gsnr_statistics()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE[a.dtype], atol=TOLERANCE[a.dtype])
+    for a, b in zip(found, expected, strict=True):
+        if momentum:
+            pair = (optimizer.state[a]["momentum_buffer"], reference.state[b]["momentum_buffer"])
+            torch.testing.assert_close(*pair, rtol=TOLERANCE[a.dtype], atol=TOLERANCE[a.dtype])
+
+
+def taken(monkeypatch, params, **options):
+    """How many tensors took each path in the second step."""
+    counts = {"_single": 0, "_foreach": 0, "_fused": 0}
+    for name in counts:
+        original = getattr(updates, name)
+
+        def count(batch, name=name, original=original):
+            counts[name] += len(batch.params)
+            original(batch)
+
+        monkeypatch.setattr(updates, name, count)
+    optimizer = SGDSaI(params, **options)
+    for step in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        counts.update(dict.fromkeys(counts, 0)) if step else None
+        optimizer.step()
+    return counts
+
+
+def test_each_path_takes_what_it_can(monkeypatch):
+    def params():
+        return [torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4, 8).bfloat16())]
+
+    with monkeypatch.context() as patch:
+        assert taken(patch, params(), fused=True) == {"_single": 1, "_foreach": 0, "_fused": 1}
+    with monkeypatch.context() as patch:
+        assert taken(patch, params(), fused=True, weight_decay=0.0) == {"_single": 0, "_foreach": 0, "_fused": 2}
+    with monkeypatch.context() as patch:
+        assert taken(patch, params(), foreach=True) == {"_single": 1, "_foreach": 1, "_fused": 0}
+    with monkeypatch.context() as patch:
+        assert taken(patch, params(), foreach=False, fused=False) == {"_single": 2, "_foreach": 0, "_fused": 0}
+    with monkeypatch.context() as patch:
+        assert taken(patch, params()) == {"_single": 1, "_foreach": 0, "_fused": 1}
+
+
+def test_a_fused_request_that_cannot_be_met_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(updates, "_not_fused_logged", False)
+    with caplog.at_level(logging.INFO, logger="hf_sai"):
+        run("fused", steps=3, weight_decay=0.1)
+    assert len([r for r in caplog.records if "take the single path" in r.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("path", ["single", "fused", "foreach"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_needs_less_extra_memory_than_the_largest_tensor(path, dtype):
+    from torch.profiler import ProfilerActivity, profile
+
+    params = [torch.nn.Parameter(torch.randn(6 * BLOCK_NUMEL).to(dtype)) for _ in range(3)]
+    optimizer = SGDSaI(params, **PATHS[path])
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        optimizer.step()
+    peak = held = 0
+    for event in profiled.events():
+        if event.name == "[memory]":
+            held += event.cpu_memory_usage
+            peak = max(peak, held)
+    largest = params[0].numel() * params[0].element_size()
+    assert peak <= (largest if path == "foreach" else 0.9 * largest if dtype == torch.bfloat16 else 100_000)
+
+
+def test_state_bytes_per_parameter():
+    for options, per_element in (({}, 4), ({"state_dtype": torch.bfloat16}, 2), ({"momentum": 0.0}, 0)):
+        param = torch.nn.Parameter(torch.randn(1000))
+        optimizer = SGDSaI([param], **options)
+        param.grad = torch.randn(1000)
+        optimizer.step()
+        held = sum(v.nbytes for v in optimizer.state[param].values() if isinstance(v, torch.Tensor))
+        assert held == per_element * 1000
+
+
+def test_state_dtype_is_kept_by_a_load_and_rounds_only_the_buffer():
+    param = torch.nn.Parameter(torch.randn(500, dtype=torch.float32))
+    optimizer = SGDSaI([param], lr=0.1, weight_decay=0.0, state_dtype="bfloat16")
+    start, first, second = param.detach().clone(), torch.randn(500), torch.randn(500)
+    for gradient in (first, second):
+        param.grad = gradient
+        optimizer.step()
+    average = first.bfloat16().float() * 0.9 + second * 0.1
+    scale = optimizer.gsnr_statistics()[0].scale
+    torch.testing.assert_close(param.detach(), start - 0.1 * scale * (first + average), rtol=1e-5, atol=1e-5)
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], average.bfloat16())
+    other = SGDSaI([torch.nn.Parameter(param.detach().clone())], state_dtype="bfloat16")
+    other.load_state_dict(optimizer.state_dict())
+    (state,) = other.state.values()
+    assert state["momentum_buffer"].dtype == torch.bfloat16
+
+
+# ---- bf16 parameters ----
+
+
+def test_stochastic_rounding_is_right_on_average_and_never_beyond_the_neighbours():
+    values = torch.tensor([1.0 + 2.0**-10, -3.0 - 2.0**-9, 1e-30, 0.0, 2.0])
+    samples = torch.stack([round_stochastically_(values.clone()) for _ in range(20_000)])
+    assert torch.equal(samples, samples.bfloat16().float())
+    below, above = samples.min(0).values, samples.max(0).values
+    assert (above - below <= 2.0**-6 * values.abs().clamp(min=1e-38)).all()
+    assert (below <= values).all()
+    assert (values <= above).all()
+    torch.testing.assert_close(samples.mean(0), values, rtol=2e-4, atol=0.0)
+    assert (samples[:, 3] == 0.0).all()
+    assert (samples[:, 4] == 2.0).all()  # a bf16 number stays itself
+
+
+def test_stochastic_rounding_leaves_what_is_not_finite():
+    values = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    rounded = round_stochastically_(values.clone())
+    assert torch.equal(rounded[:2], values[:2])
+    assert rounded[2].isnan()
+
+
+def test_stochastic_rounding_moves_what_plain_rounding_loses():
+    means = {}
+    for stochastic in (False, True):
+        param = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+        optimizer = SGDSaI([param], lr=1e-5, momentum=0.0, weight_decay=0.0, stochastic_rounding=stochastic)
+        gradient = (1 + 0.5 * torch.randn(4000)).bfloat16()
+        for _ in range(20):
+            param.grad = gradient
+            optimizer.step()
+        exact = 1 - 20 * 1e-5 * optimizer.gsnr_statistics()[0].scale * gradient.float().mean().item()
+        means[stochastic] = param.float().mean().item()
+    assert means[False] == 1.0
+    assert means[True] == pytest.approx(exact, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("lr", "dtype", "options", "warnings"),
+    [
+        (1e-5, torch.bfloat16, {}, 1),
+        (1e-5, torch.bfloat16, {"stochastic_rounding": True}, 0),
+        (1e-5, torch.float32, {}, 0),
+        (1e-1, torch.bfloat16, {}, 0),
+        (0.0, torch.bfloat16, {}, 0),
+    ],
+)
+def test_bf16_parameters_that_would_not_move_are_warned_about_once(lr, dtype, options, warnings, caplog):
+    pairs = [(name, torch.nn.Parameter(torch.randn(64).to(dtype))) for name in ("first", "second")]
+    optimizer = SGDSaI(pairs, lr=lr, **options)
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        for _ in range(2):
+            for _, param in pairs:
+                param.grad = torch.randn(64).to(dtype)
+            optimizer.step()
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == warnings
+    assert all(m.startswith("2 of 2 bf16 parameters move by less than 2^-8 of their size") for m in messages)
+
+
+def test_update_of_an_empty_batch_is_nothing():
+    update(Batch(0.9, 1.0, False, False))
+
+
+def test_works_under_torch_compile():
+    params, same = mixed_params()[:3], mixed_params()[:3]
+    compiled, eager = SGDSaI(params, lr=0.01), SGDSaI(same, lr=0.01)
+    step = torch.compile(compiled.step, backend="aot_eager")
+    for _ in range(4):
+        for param, other in zip(params, same, strict=True):
+            param.grad = torch.randn_like(param)
+            other.grad = param.grad.clone()
+        step()
+        eager.step()
+    for param, other in zip(params, same, strict=True):
+        torch.testing.assert_close(param, other)
+    assert compiled.gsnr_statistics() == eager.gsnr_statistics()
