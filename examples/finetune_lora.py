@@ -106,12 +106,15 @@ def pretrain(output_dir: str, steps: int, optim: str = "sgd_sai", learning_rate:
 
 
 def train_and_evaluate(trainer: hf_sai.SaITrainer) -> dict[str, Any]:
-    """Held-out loss before and after training, and the bytes of the optimizer's state; saves model and card."""
+    """Held-out loss before and after training, and the bytes of the optimizer's state; saves or pushes."""
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     after = trainer.evaluate()["eval_loss"]
-    trainer.save_model()
-    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()  # saves, writes the card, and uploads all in one commit
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
     return {"before": before, "after": after, "state_bytes": hf_sai.optimizer_state_bytes(trainer.optimizer)}
 
 
@@ -136,10 +139,7 @@ def finetune(script_args: ScriptArguments, args: TrainingArguments) -> dict[str,
         r=script_args.lora_r, lora_alpha=script_args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     trainer = make_trainer(get_peft_model(model, adapter), args, data, tokenizer)
-    result = train_and_evaluate(trainer)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    return result
+    return train_and_evaluate(trainer)
 
 
 def main() -> None:

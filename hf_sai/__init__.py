@@ -81,5 +81,5 @@ if importlib.util.find_spec("transformers") is not None:
 
     try:
         importlib.import_module(".integration", __name__).register()
-    except UnsupportedHostError as error:  # hf_sai.optim works all the same; register() raises this
+    except (UnsupportedHostError, ValueError) as error:  # hf_sai.optim works all the same; register() raises this
         warnings.warn(str(error), stacklevel=2)

@@ -217,7 +217,8 @@ def _constructor_options(record: OptimizerRecord, given: Mapping[str, Any]) -> d
 def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
     """What would give another result than asked for is an error before the first step."""
     for field in ("deepspeed", "fsdp"):
-        if getattr(args, field, None):
+        by_launcher = os.environ.get(f"ACCELERATE_USE_{field.upper()}", "false").lower() in ("1", "true", "yes")
+        if getattr(args, field, None) or getattr(args, f"{field}_plugin", None) or by_launcher:
             raise OptionError(
                 f"optim={record.name!r} measures whole tensors, but {field} is set and splits them over the ranks; "
                 f"unset {field} (DDP works), or choose another optimizer"

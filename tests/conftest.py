@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 
+_HOME = tempfile.mkdtemp(prefix="hf_sai_tests_")
 # Before any Hugging Face library is imported: they read these once.
 os.environ.update(
     {
@@ -13,6 +16,8 @@ os.environ.update(
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "",
+        **{name: f"{_HOME}/{name.lower()}" for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")},
+        "XDG_CACHE_HOME": f"{_HOME}/cache",
     }
 )
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
@@ -23,14 +28,11 @@ import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory, monkeypatch):
-    """Points every cache away from the user's."""
-    home = tmp_path_factory.mktemp("home")
-    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, str(home / name.lower()))
-
-
-@pytest.fixture(autouse=True)
 def _seed():
     """The same random numbers in every test, alone or together."""
     torch.manual_seed(0)
+
+
+def pytest_sessionfinish():
+    """Takes the caches of the run away."""
+    shutil.rmtree(_HOME, ignore_errors=True)

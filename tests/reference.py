@@ -59,7 +59,8 @@ class ReferenceSGDSaI:
                     self.constant[i] = True
                     self.snr_samples[i].append(math.sqrt(len(g)))
                 else:
-                    self.snr_samples[i].append(norm / (std + self.groups[i]["eps"]))
+                    # norm / std is never below sqrt(n - 1); eps is not to be felt either
+                    self.snr_samples[i].append(max(norm / (std + self.groups[i]["eps"]), math.sqrt(len(g) - 1)))
         measured = [i for i, s in enumerate(self.snr_samples) if s and not self.constant[i]]
         if measured and self.measuring_rounds < self.k:
             self.measuring_rounds += 1

@@ -67,6 +67,20 @@ def test_section_is_replaced_where_it_stands_and_kept_once():
     assert insert_section("only text\n\n\n", section) == f"only text\n\n{section}\n"
 
 
+def test_a_marker_of_the_user_alone_costs_no_text():
+    section = f"{BEGIN}\nours\n{END}"
+    once = insert_section(f"{BEGIN}\nMY TEXT", section)
+    assert once.startswith(f"{BEGIN}\nMY TEXT")
+    assert insert_section(once, section) == once
+
+
+def test_several_base_models_stay(report, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nbase_model:\n- a/b\n- c/d\n---\n\nText.\n")
+    update_card(path, report)
+    assert ModelCard.load(path).data.base_model == ["a/b", "c/d"]
+
+
 def test_backslashes_in_a_section_are_text():
     section = f"{BEGIN}\n\\1 \\g<0>\n{END}"
     assert section in insert_section(f"{BEGIN}x{END}", section)

@@ -109,7 +109,7 @@ def test_sft_config_and_its_parser():
     assert parsed.optim == "sgd_sai"
 
 
-@pytest.mark.parametrize("version", ["4.57.0", "5.1.9", "6.0.0"])
+@pytest.mark.parametrize("version", ["4.57.0", "5.1.9", "6.0.0", "6.0.0rc1"])
 def test_unsupported_versions_are_refused_with_those_that_work(version, monkeypatch):
     monkeypatch.setattr(compat.importlib.metadata, "version", lambda package: version)
     with pytest.raises(trainer_patches.UnsupportedHostError, match=rf">= 5.2 and < 6, but {version} is installed"):
@@ -127,6 +127,51 @@ with warnings.catch_warnings(record=True) as caught:
 print([str(w.message)[:60] for w in caught if "4.57.0" in str(w.message)], hf_sai.optim.SGDSaI.__name__)
 """
     assert run_python(code) == "['optimizer names can be added to transformers >= 5.2 and < 6,'] SGDSaI\n"
+
+
+def test_a_handler_of_others_in_the_table_is_refused_and_kept(monkeypatch):
+    from transformers import trainer_optimizer
+
+    def theirs(context):
+        return None
+
+    monkeypatch.setitem(trainer_optimizer._OPTIMIZER_HANDLERS, "their_name", theirs)
+    with pytest.raises(ValueError, match=r"'their_name' is taken by .*theirs in the host's table"):
+        trainer_patches.add_optimizer("their_name", handler)
+    assert trainer_optimizer._OPTIMIZER_HANDLERS["their_name"] is theirs
+    assert not hasattr(OptimizerNames, "THEIR_NAME")
+
+
+def test_a_host_that_got_the_name_itself_still_imports():
+    code = """
+import warnings, hf_sai
+from trainer_patches import add_optimizer
+def handler(context): ...
+add_optimizer("sgd", handler)  # the host is not imported yet
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from transformers import Trainer, TrainingArguments
+print([str(w.message)[:60] for w in caught if "was not added" in str(w.message)])
+print(Trainer.get_optimizer_cls_and_kwargs(TrainingArguments("unused", optim="sgd"))[0].__name__)
+print(TrainingArguments("unused", optim="sgd_sai").optim.value)
+"""
+    assert run_python(code).split("\n")[:3] == [
+        "[\"'sgd' was not added: the optimizer name 'sgd' is one of the \"]",
+        "SGD",
+        "sgd_sai",
+    ]
+
+
+def test_importing_hf_sai_anew_is_fine():
+    code = """
+import sys, transformers.trainer, hf_sai
+for name in [name for name in sys.modules if name.split(".")[0] == "hf_sai"]:
+    del sys.modules[name]
+import hf_sai
+args = transformers.TrainingArguments("unused", optim="sgd_sai")
+print(transformers.Trainer.get_optimizer_cls_and_kwargs(args)[0] is hf_sai.SGDSaI)
+"""
+    assert run_python(code) == "True\n"
 
 
 def test_a_host_without_the_table_is_refused(monkeypatch):

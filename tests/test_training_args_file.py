@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import TrainingArguments
 from trainer_patches import token_free_pickles
 
 
-TOKEN = "hf_" + "SecretSecretSecret" + "0123456789"
+TOKEN = "hf_" + "SecretSecretSecretSecret" + "0123456789"
 
 
 def saved(args):
@@ -48,7 +49,15 @@ def test_tokens_elsewhere_are_left_out_and_special_tokens_stay():
     assert not any(secret in content for secret in (TOKEN.encode(), b"a-token-of-another-form"))
     loaded = pickle.loads(pickle.dumps(torch.load(io.BytesIO(content), weights_only=False)))
     assert loaded.eos_token == "<eos>"
-    assert loaded.model_init_kwargs == {"token": None, "revision": "main", "nested": [None, None, "kept"]}
+    assert loaded.model_init_kwargs == {"token": None, "revision": "main", "nested": ["<TOKEN>", "<TOKEN>", "kept"]}
+    assert loaded.run_name == "run with <TOKEN>"
+
+
+def test_other_fields_are_kept_to_the_letter():
+    folder = "runs/hf_transformersfinetuning"
+    args = TrainingArguments(folder, hub_token="", run_name="", lr_scheduler_kwargs=OrderedDict(token=TOKEN))
+    loaded = torch.load(io.BytesIO(saved(args)), weights_only=False)
+    assert (loaded.output_dir, loaded.run_name, loaded.lr_scheduler_kwargs) == (folder, "", {"token": None})
 
 
 def test_pickling_outside_is_as_before():

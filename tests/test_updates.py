@@ -45,7 +45,7 @@ def mixed_params():
 
 def run(path, steps=4, **options):
     params = mixed_params()
-    optimizer = SGDSaI(params, lr=0.01, **PATHS[path], **options)
+    optimizer = SGDSaI(params, lr=1e-4, **PATHS[path], **options)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for param in params:
@@ -59,7 +59,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-7,
 
 
 @pytest.mark.parametrize(
-    ("momentum", "weight_decay", "maximize"), itertools.product([0.0, 0.9], [0.0, 0.1], [False, True])
+    ("momentum", "weight_decay", "maximize"), list(itertools.product([0.0, 0.9], [0.0, 0.1], [False, True]))
 )
 @pytest.mark.parametrize("path", ["foreach", "fused", "auto"])
 def test_paths_are_equal_on_mixed_dtypes(path, momentum, weight_decay, maximize):
@@ -95,14 +95,21 @@ def taken(monkeypatch, params, **options):
     return counts
 
 
+def test_low_precision_is_kept_away_from_the_fused_kernel_for_a_reason():
+    """If this fails, torch has mended its CPU kernel, and `updates._NATIVE` can be looked at again."""
+    param, grad, buffer = (torch.randn(64).bfloat16() for _ in range(3))
+    expected = 0.9 * buffer.float() + 0.1 * grad.float()
+    options = {"weight_decay": 0.0, "momentum": 0.9, "dampening": 0.9, "lr": 0.1, "nesterov": False}
+    torch._fused_sgd_([param], [grad], [buffer], **options, maximize=False, is_first_step=False)
+    assert (buffer.float() - expected).abs().max() > 0.1
+
+
 def test_each_path_takes_what_it_can(monkeypatch):
     def params():
         return [torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4, 8).bfloat16())]
 
     with monkeypatch.context() as patch:
         assert taken(patch, params(), fused=True) == {"_single": 1, "_foreach": 0, "_fused": 1}
-    with monkeypatch.context() as patch:
-        assert taken(patch, params(), fused=True, weight_decay=0.0) == {"_single": 0, "_foreach": 0, "_fused": 2}
     with monkeypatch.context() as patch:
         assert taken(patch, params(), foreach=True) == {"_single": 1, "_foreach": 1, "_fused": 0}
     with monkeypatch.context() as patch:
@@ -194,15 +201,15 @@ def test_stochastic_rounding_moves_what_plain_rounding_loses():
     means = {}
     for stochastic in (False, True):
         param = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
-        optimizer = SGDSaI([param], lr=1e-5, momentum=0.0, weight_decay=0.0, stochastic_rounding=stochastic)
+        optimizer = SGDSaI([param], lr=3e-6, momentum=0.0, weight_decay=0.0, stochastic_rounding=stochastic)
         gradient = (1 + 0.5 * torch.randn(4000)).bfloat16()
         for _ in range(20):
             param.grad = gradient
             optimizer.step()
-        exact = 1 - 20 * 1e-5 * optimizer.gsnr_statistics()[0].scale * gradient.float().mean().item()
+        exact = 1 - 20 * 3e-6 * optimizer.gsnr_statistics()[0].scale * gradient.float().mean().item()
         means[stochastic] = param.float().mean().item()
     assert means[False] == 1.0
-    assert means[True] == pytest.approx(exact, abs=2e-3)
+    assert means[True] == pytest.approx(exact, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,12 @@ def check_transformers_version() -> None:
 
     Reads the package's metadata; transformers is not imported.
     """
-    installed = importlib.metadata.version("transformers")
-    if not Version(OLDEST_TRANSFORMERS) <= Version(installed) < Version(FIRST_UNKNOWN_TRANSFORMERS):
+    try:
+        installed = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "0 (no metadata)"
+    release = Version(installed.split()[0]).release  # 6.0.0rc1 is a 6, whatever the order of pre-releases
+    if not Version(OLDEST_TRANSFORMERS).release <= release < Version(FIRST_UNKNOWN_TRANSFORMERS).release:
         raise UnsupportedHostError(
             f"optimizer names can be added to transformers >= {OLDEST_TRANSFORMERS} and < "
             f"{FIRST_UNKNOWN_TRANSFORMERS}, but {installed} is installed; install one of these, or pass the "

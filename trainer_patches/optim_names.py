@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import sys
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from types import ModuleType
@@ -33,6 +34,9 @@ def add_optimizer(name: str, handler: Handler) -> None:
     """
     Makes `TrainingArguments(optim=name)` and `--optim name` valid. Adding the same pair again changes nothing.
 
+    Where the host is imported later and turns out to have the name itself, or no table, that is a warning then: an
+    import of the host never fails by this.
+
     Args:
         name (`str`): Lower case, as a user types it.
         handler (callable): Takes the host's `OptimizerContext`, returns `(optimizer class, keyword arguments)`.
@@ -42,19 +46,25 @@ def add_optimizer(name: str, handler: Handler) -> None:
         `ValueError`: The host, or somebody else's handler, has that name already.
     """
     check_transformers_version()
-    if _added.get(name, handler) != handler:
-        raise ValueError(f"the optimizer name {name!r} is taken by {_added[name]!r}; remove that one first")
-    is_new = name not in _added
+    if name in _added and _origin(_added[name]) != _origin(handler):
+        raise ValueError(f"the optimizer name {name!r} is taken by {_origin(_added[name])}; remove that one first")
+    previous = _added.get(name)
     _added[name] = handler
     try:
         _hook_imports()
         for module in (_ARGUMENTS_MODULE, _OPTIMIZER_MODULE, _TRAINER_MODULE):
             if module in sys.modules:
-                _apply(sys.modules[module])
+                _apply(sys.modules[module], name, previous)
     except ValueError:
-        if is_new:
+        if previous is None:
             remove_optimizer(name)
         raise
+
+
+def _origin(handler: Any) -> str:
+    """Where a handler was defined: the same one after its module was imported anew."""
+    function = getattr(handler, "func", handler)
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def remove_optimizer(name: str) -> None:
@@ -85,16 +95,24 @@ def _hook_imports() -> None:
     if not _hooked:
         _hooked = True
         for module in (_ARGUMENTS_MODULE, _OPTIMIZER_MODULE, _TRAINER_MODULE):
-            wrapt.register_post_import_hook(_apply, module)
+            if module not in sys.modules:
+                wrapt.register_post_import_hook(_apply_all, module)
 
 
-def _apply(module: ModuleType) -> None:
-    """Adds to one of the host's modules all that belongs there."""
-    if not _added:
-        return
+def _apply_all(module: ModuleType) -> None:
+    """The host has just imported one of its modules: its import must not fail by what is added to it."""
+    for name in list(_added):
+        try:
+            _apply(module, name, None)
+        except ValueError as error:
+            _added.pop(name, None)
+            warnings.warn(f"{name!r} was not added: {error}", stacklevel=2)
+
+
+def _apply(module: ModuleType, name: str, previous: Handler | None) -> None:
+    """Adds to one of the host's modules what belongs there of one name."""
     if module.__name__ == _ARGUMENTS_MODULE:
-        for name in _added:
-            _add_member(module.OptimizerNames, name)
+        _add_member(module.OptimizerNames, name)
         copyreg.pickle(module.OptimizerNames, _reduce_member)
         return
     parser = optim_args_parser_name()
@@ -102,7 +120,13 @@ def _apply(module: ModuleType) -> None:
     if original is not None and not isinstance(original, _Parser):
         setattr(module, parser, _Parser(original))
     if module.__name__ == _OPTIMIZER_MODULE:
-        optimizer_handlers(module).update(_added)
+        table = optimizer_handlers(module)
+        if table.get(name) not in (None, previous, _added[name]):
+            raise ValueError(
+                f"the optimizer name {name!r} is taken by {_origin(table[name])} in the host's table; "
+                "remove that one first, or choose another name"
+            )
+        table[name] = _added[name]
 
 
 def _restore_host() -> None:

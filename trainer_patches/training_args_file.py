@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copyreg
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 
 # Fields that hold a token whatever it looks like. Not all that ends in "_token": TRL has eos_token and pad_token.
 SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token", "token", "hf_token", "use_auth_token"})
-_LOOKS_LIKE_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+_LOOKS_LIKE_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+_REMOVED = "<TOKEN>"  # as the host masks it in to_dict()
 
 
 @contextmanager
@@ -42,20 +43,25 @@ def token_free_pickles(args: Any) -> Iterator[None]:
 
 
 def _reduce_without_tokens(args: Any) -> tuple[Any, ...]:
-    secrets = {value for name, value in vars(args).items() if name in SECRET_FIELDS and isinstance(value, str)}
+    secrets = {
+        value for name, value in vars(args).items() if name in SECRET_FIELDS and isinstance(value, str) and value
+    }
     rebuild, arguments, state, *rest = args.__reduce_ex__(2)
     return rebuild, arguments, _scrub(state, secrets), *rest
 
 
 def _scrub(value: Any, secrets: set[str]) -> Any:
-    """`value` with `None` for every token, in nested dicts, lists and tuples as well; copies what it changes."""
-    if isinstance(value, dict) and type(value) is dict:
-        return {
+    """`value` without tokens, in nested mappings and sequences as well; copies what it changes."""
+    if isinstance(value, Mapping):
+        cleaned = {
             key: None if key in SECRET_FIELDS and isinstance(item, str) else _scrub(item, secrets)
             for key, item in value.items()
         }
-    if type(value) in (list, tuple):
+        return cleaned if cleaned != dict(value) or type(value) is dict else value
+    if type(value) in (list, tuple, set, frozenset):
         return type(value)(_scrub(item, secrets) for item in value)
-    if type(value) is str and (value in secrets or _LOOKS_LIKE_TOKEN.search(value)):
-        return None
+    if type(value) is str:
+        for secret in secrets:
+            value = value.replace(secret, _REMOVED)
+        return _LOOKS_LIKE_TOKEN.sub(_REMOVED, value)
     return value

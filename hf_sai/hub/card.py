@@ -18,7 +18,8 @@ from ..report import GSNRReport
 
 
 BEGIN, END = "<!-- hf-sai:begin -->", "<!-- hf-sai:end -->"
-_SECTION = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
+# A marker that stands alone in the user's text is not ours to pair up.
+_SECTION = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +111,13 @@ def update_card(path: Path, report: GSNRReport) -> None:
     record = get_record(report.optimizer)
     ours = ["hf-sai", record.name.replace("_", "-"), f"arxiv:{record.paper}"]
     card.data.tags = _merge(_without_local_models(card.data.tags or []), ours)
-    if card.data.base_model is not None and not _is_repo_id(card.data.base_model):
-        card.text = card.text.replace(
-            f"[{card.data.base_model}](https://huggingface.co/{card.data.base_model})", "a local model"
-        )
-        card.data.base_model = None
+    models = card.data.base_model if isinstance(card.data.base_model, list) else [card.data.base_model]
+    kept = [model for model in models if model is not None and _is_repo_id(model)]
+    for model in models:
+        if model is not None and model not in kept:
+            card.text = card.text.replace(f"[{model}](https://huggingface.co/{model})", "a local model")
+    if kept != models:
+        card.data.base_model = kept or None
     card.save(path)
 
 

@@ -5,7 +5,8 @@ arXiv 2412.11768, Algorithm 1. For a gradient `g` of `n` elements
 
     g_snr = ||g||_2 / (std(g) + eps)        std with n - 1, as torch.std and the authors' released code
 
-which is `sqrt(n) * sqrt(1 + (mean / std)^2)` up to `sqrt((n - 1) / n)`: mostly the size of the tensor.
+which is `sqrt(n) * sqrt(1 + (mean / std)^2)` up to `sqrt((n - 1) / n)` (and what `eps` adds to the deviation):
+mostly the size of the tensor.
 """
 
 from __future__ import annotations
@@ -104,7 +105,12 @@ class GradientMoments:
 
 def gradient_snr(moments: GradientMoments, eps: float) -> float:
     """
-    g-SNR of a gradient that is finite, not all zero and not constant: `norm / (std + eps)` (Algorithm 1, line 4).
+    g-SNR of a gradient that is finite, not all zero and not constant: `norm / (std + eps)` (Algorithm 1), and at least
+    `sqrt(n - 1)`, which is the least that `norm / std` can be.
+
+    The bound only keeps `eps` from being felt. Where a deviation is near `eps` the formula alone would give next to
+    nothing, for good: the gradient of LoRA's A, just after the first small step of a warm-up moved B from 0, is that
+    small. Constant gradients, which `eps` is for, do not come here.
 
     Args:
         moments (`GradientMoments`): The gradient's moments.
@@ -113,7 +119,7 @@ def gradient_snr(moments: GradientMoments, eps: float) -> float:
     Returns:
         `float`: The ratio, without unit.
     """
-    return moments.norm / (moments.std + eps)
+    return max(moments.norm / (moments.std + eps), math.sqrt(moments.count - 1))
 
 
 def fallback_snr(moments: GradientMoments) -> float:

@@ -84,8 +84,8 @@ class LayerwiseMixin:
         """Ends the step: counts it, and updates what is left, which is what the backward pass could not."""
         if getattr(self, "grad_scale", None) is not None:
             raise RuntimeError(
-                f"{type(self).__name__} updates in the backward pass, with gradients that a GradScaler has multiplied; "
-                "train in bf16 or float32, or use the optimizer that is not layer-wise"
+                f"{type(self).__name__} updates in the backward pass, with gradients that a GradScaler has "
+                "multiplied; train in bf16 or float32, or use the optimizer that is not layer-wise"
             )
         super()._advance()  # type: ignore[misc]
         self._updated.clear()

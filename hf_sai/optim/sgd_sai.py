@@ -52,7 +52,7 @@ class SGDSaI(Optimizer):
     warning. So LoRA's `A`, whose gradient is zero at step 1 because `B` is zero, is measured at the first step after
     `B` moved and trains; the published implementations freeze it. A tensor of one element, or whose gradient is
     constant to the precision of its dtype, has no standard deviation: its g-SNR is `sqrt(n)`, marked as fallback, and
-    it never sets the maximum.
+    it never sets the maximum. (While nothing but fallbacks was seen, the largest of them divides under `"max"`.)
 
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
@@ -75,7 +75,7 @@ class SGDSaI(Optimizer):
         weight_decay (`float`, *optional*, defaults to 1e-2):
             Decoupled decay: `theta` shrinks by `lr * weight_decay`, without `scale`. Never part of the gradient.
         eps (`float`, *optional*, defaults to 1e-8):
-            Added to the standard deviation, in units of the gradient.
+            Added to the standard deviation, in units of the gradient. g-SNR never falls below `sqrt(n - 1)` by it.
         normalize (`str`, *optional*, defaults to `"none"`):
             `"none"` or `"max"`, one for all groups. The maximum is taken over all groups and fixed at the end of the
             first step that measured (of the first `measure_steps` such steps), and stays for tensors measured later.
@@ -177,7 +177,16 @@ class SGDSaI(Optimizer):
                 f"{first['normalize']!r}; the maximum is taken over the whole model, so set it once"
             )
         shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
+        shared["params"] = self._with_names(param_group["params"])
         super().add_param_group({**param_group, "state_dtype": merged["state_dtype"], **shared})
+
+    def _with_names(self, params: Any) -> Any:
+        """Gives tensors names where the other groups have them (a trainer adds them): torch wants all or none."""
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if not self.param_groups or "param_names" not in self.param_groups[0]:
+            return params
+        index = len(self.param_groups)
+        return [p if isinstance(p, tuple) else (f"group{index}.{i}", p) for i, p in enumerate(params)]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -259,16 +268,34 @@ class SGDSaI(Optimizer):
                 f"tensor and its groups have no {foreign[0]!r}; another optimizer wrote it, so resume with that one "
                 "or start without its checkpoint"
             )
+        self._warn_of_other_options(groups)
         super().load_state_dict(state_dict)
-        self._restore_buffer_dtypes(state_dict)
+        self._restore_buffers(state_dict)
 
-    def _restore_buffer_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Undoes the cast to the parameter's dtype in `torch.optim.Optimizer.load_state_dict`, which loses digits."""
-        saved_ids = (index for group in state_dict["param_groups"] for index in group["params"])
-        params = (param for group in self.param_groups for param in group["params"])
-        for saved_id, param in zip(saved_ids, params, strict=True):
+    def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
+        """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""
+        names = [name for name in self.defaults if name not in ("lr", "step", "gsnr_max", "gsnr_max_step")]
+        changed = {
+            f"{name}={saved[name]} (not {group[name]})"
+            for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            for name in names
+            if name in saved and saved[name] != group[name]
+        }
+        if changed:
+            logger.warning("The loaded state goes on with its own options: %s.", ", ".join(sorted(changed)))
+
+    def _restore_buffers(self, state_dict: dict[str, Any]) -> None:
+        """
+        Undoes the cast to the parameter's dtype in `torch.optim.Optimizer.load_state_dict` where it lost digits, or
+        where `state_dtype` asks for what was saved. A bf16 checkpoint loaded into float32 parameters stays widened.
+        """
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for saved_id, (group_index, _, param) in zip(saved_ids, self._params(), strict=True):
             saved = state_dict["state"].get(saved_id, {}).get("momentum_buffer")
-            if saved is not None and saved.dtype != param.dtype:
+            if saved is None or saved.dtype == param.dtype:
+                continue
+            asked_for = _dtype_name(saved.dtype) == self.param_groups[group_index]["state_dtype"]
+            if asked_for or torch.promote_types(saved.dtype, param.dtype) == saved.dtype:
                 self.state[param]["momentum_buffer"] = saved.to(device=param.device, copy=True)
 
     def _take_given(self, rows: list[Any]) -> None:
@@ -356,18 +383,20 @@ class SGDSaI(Optimizer):
         """
         first: set[Tensor] = set()
         skipped: set[Tensor] = set()
+        not_finite: list[str] = []
         for (group_index, index, param), moment in zip(unsettled, moments, strict=True):
             state = self.state[param]
             if not moment.is_finite:
                 if state["gsnr_step"] == 0:
                     skipped.add(param)
-                    self._warn_not_finite(self._name(group_index, index), moment)
+                    not_finite.append(self._name(group_index, index))
             elif not moment.is_zero:
                 if state["gsnr_step"] == 0:
                     first.add(param)
                     state["gsnr_step"] = step
                 if not state["gsnr_given"]:
                     _record(state, moment, self.param_groups[group_index]["eps"])
+        self._warn_not_finite(not_finite)
         return first, skipped
 
     def _update(
@@ -438,16 +467,17 @@ class SGDSaI(Optimizer):
         # While only fallbacks were seen there is no maximum; the largest of them then keeps the scale at 1 or below.
         return group["gsnr_max"] or max((state["gsnr"] for state in self.state.values()), default=0.0) or 1.0
 
-    def _warn_not_finite(self, name: str, moment: GradientMoments) -> None:
-        """One warning per tensor and process."""
+    def _warn_not_finite(self, names: list[str]) -> None:
+        """One warning per step, with tensors that no earlier one named."""
         warned: set[str] = self.__dict__.setdefault("_warned_not_finite", set())
-        if name not in warned:
-            warned.add(name)
+        new = [name for name in names if name not in warned]
+        warned.update(new)
+        if new:
             logger.warning(
-                "The first gradient of %s (%d elements) has inf or NaN: it is not measured and not updated in this "
-                "step. It will be measured at its first finite gradient.",
-                name,
-                moment.count,
+                "The first gradient of %s%s has inf or NaN: not measured, and not updated in this step. It will be "
+                "measured at its first finite gradient.",
+                ", ".join(new[:3]),
+                f" and of {len(new) - 3} more tensors" if len(new) > 3 else "",
             )
 
     def _warn_if_bf16_stays(

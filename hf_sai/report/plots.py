@@ -69,7 +69,7 @@ def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kin
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     step = max(1, len(layers) // 20)
     axes.set_xticks(range(0, len(layers), step), ["none" if x is None else str(x) for x in layers[::step]])
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=9, parse_math=False)  # a name may hold a $
     axes.set_xlabel("layer (none: outside the blocks)" if None in layers else "layer")
     more = f" (first {len(kinds)} of {len(kinds) + hidden} kinds)" if hidden else ""
     axes.set_title(f"scale by kind and layer{more}", fontsize=11, loc="left")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -210,17 +210,17 @@ class GSNRReport:
             `ReportError`: It is not JSON, has another schema, or a field is missing or of another type.
         """
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = json.loads(text, parse_constant=_refuse_constant)
+        except ValueError as error:
             raise ReportError(f"a g-SNR report must be JSON but: {error}; write it again with save()") from None
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA or content["schema"] is True:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
             raise ReportError(
                 f"schema must be {SCHEMA} but is {found!r}; a newer hf_sai wrote it, or it is no g-SNR report"
             )
         fields = {key: value for key, value in content.items() if key != "schema"}
         fields["tensors"] = [_parse_row(index, row) for index, row in enumerate(_expect(fields, "tensors", list))]
-        return _build(cls, fields, "the report")
+        return _build(cls, fields, "")
 
     @classmethod
     def from_pretrained(
@@ -262,7 +262,11 @@ class GSNRReport:
         """
         file = Path(path)
         file = file / REPORT_JSON if file.is_dir() else file
-        return cls.from_json(file.read_text(encoding="utf-8"))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ReportError(f"a g-SNR report must be JSON but {file.name} is not text; pass {REPORT_JSON}") from None
+        return cls.from_json(text)
 
 
 def split_name(name: str) -> tuple[str, int | None]:
@@ -363,12 +367,18 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
 def _write_whole(path: Path, content: bytes) -> None:
     """A reader (or an upload) sees the old file or the new one, never a part of it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix="_", delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    temporary = path.with_name(f"_{path.name}.{os.getpid()}")  # a push leaves out what begins with "_"
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _expect(fields: dict[str, Any], key: str, kind: type) -> Any:
@@ -405,12 +415,15 @@ _ACCEPTS: dict[str, tuple[type, ...]] = {
 def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Any:
     """An instance of a dataclass from JSON, with every field there and of its type."""
     expected = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
     if set(fields) != set(expected):
         odd = sorted(set(fields) ^ set(expected))
-        raise ReportError(f"{where} of a g-SNR report has fields missing or unknown: {', '.join(odd):.200}")
+        raise ReportError(
+            f"{where or 'the top'} of a g-SNR report has fields missing or unknown: {', '.join(odd):.200}"
+        )
     for name, annotation in expected.items():
         accepts = _ACCEPTS.get(annotation)
         value = fields[name]
         if accepts and (not isinstance(value, accepts) or isinstance(value, bool)):
-            raise ReportError(f"{where}.{name} of a g-SNR report must be {annotation} but is {value!r:.80}")
+            raise ReportError(f"{prefix}{name} of a g-SNR report must be {annotation} but is {value!r:.80}")
     return cls(**fields)
