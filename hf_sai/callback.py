@@ -190,7 +190,9 @@ def _has_news(optimizer: Any, report: GSNRReport | None) -> bool:
 
 
 def _measurements(optimizer: Any) -> int:
-    return sum(state.get("gsnr_count", 0) for state in optimizer.state.values())
+    """Gradients that were measured, and tensors with a given scale that have begun to move."""
+    states = optimizer.state.values()
+    return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
 
 
 def _run_facts(args: TrainingArguments, state: TrainerState, optimizer: Any) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""Measuring without training, given scales, and learning rates between the normalisations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
+
+import hf_sai
+from hf_sai import GSNRReport, SaITrainer, SGDSaI
+from hf_sai.optim import convert_lr, measure_gsnr
+
+
+def batches(count, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(0, 32, (4, 10), generator=generator) for _ in range(count)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def test_one_batch_gives_what_the_first_step_measures():
+    model = tiny_llama()
+    (batch,) = batches(1)
+    rows = measure_gsnr(model, [batch])
+    optimizer = SGDSaI(model.named_parameters())
+    model(**batch).loss.backward()
+    optimizer.step()
+    for measured, stepped in zip(rows, optimizer.gsnr_statistics(), strict=True):
+        assert (measured.name, measured.status) == (stepped.name, stepped.status)
+        assert measured.gsnr == pytest.approx(stepped.gsnr, rel=1e-9)
+
+
+def test_several_batches_are_averaged_and_nothing_is_touched():
+    model = tiny_llama()
+    kept = trainable(model)
+    marker = torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = marker
+    singles = [measure_gsnr(model, [batch]) for batch in batches(3)]
+    together = measure_gsnr(model, batches(3))
+    for index, row in enumerate(together):
+        assert row.gsnr == pytest.approx(sum(rows[index].gsnr for rows in singles) / 3, rel=1e-12)
+    assert model.lm_head.weight.grad is marker
+    assert all(torch.equal(value, kept[name]) for name, value in trainable(model).items())
+
+
+def test_lora_a_is_pending_without_an_update():
+    rows = measure_gsnr(tiny_lora(), batches(2))
+    assert {row.status for row in rows if "lora_A" in row.name} == {"pending"}
+    assert {row.status for row in rows if "lora_B" in row.name} == {"measured"}
+
+
+def test_own_loss_function_and_what_is_refused():
+    model = torch.nn.Linear(3, 2)
+    rows = measure_gsnr(model, [torch.randn(5, 3)], loss_fn=lambda m, x: m(x).square().sum())
+    assert [row.name for row in rows] == ["weight", "bias"]
+    with pytest.raises(ValueError, match="needs a batch, but there was none"):
+        measure_gsnr(model, [])
+    with pytest.raises(ValueError, match="needs a parameter with requires_grad"):
+        measure_gsnr(model.requires_grad_(False), [torch.randn(5, 3)])
+
+
+# ---- Given scales ----
+
+
+def run_with(model, normalize="none", steps=3, **options):
+    optimizer = SGDSaI(model.named_parameters(), lr=0.01, normalize=normalize, **options)
+    for batch in batches(steps, seed=9):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("measured_under", ["none", "max"])
+@pytest.mark.parametrize("used_under", ["none", "max"])
+def test_given_scales_are_used_exactly(measured_under, used_under):
+    first = run_with(tiny_llama(), measured_under).gsnr_statistics()
+    second = run_with(tiny_llama(seed=4), used_under, gsnr=first).gsnr_statistics()
+    assert [row.gsnr for row in second] == [row.gsnr for row in first]
+    assert {row.status for row in second} == {"given"}
+    largest = max(row.gsnr for row in first)
+    expected = [row.gsnr / (largest if used_under == "max" else 1.0) for row in first]
+    assert [row.scale for row in second] == pytest.approx(expected, rel=1e-12)
+
+
+def test_given_scales_survive_a_resume_and_guard_the_first_step():
+    param = torch.nn.Parameter(torch.zeros(4))
+    source = measure_gsnr(torch.nn.Linear(4, 1, bias=False), [torch.randn(3, 4)], lambda m, x: m(x).sum())
+    (row,) = source
+    other = type(row)("w", (4,), 4, 0, 7.5, 7.5, 1, "measured")
+    optimizer = SGDSaI([("w", param)], lr=0.1, gsnr=[other], weight_decay=0.0)
+    param.grad = torch.tensor([1.0, math.nan, 0.0, 0.0])
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.zeros(4))
+    gradient = torch.tensor([1.0, -2.0, 0.5, 0.0])
+    param.grad = gradient
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), -0.1 * 7.5 * gradient)
+    resumed = SGDSaI([("w", torch.nn.Parameter(param.detach().clone()))])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.gsnr_statistics() == optimizer.gsnr_statistics()
+
+
+def test_pending_rows_are_measured_and_fallbacks_stay():
+    rows = run_with(tiny_lora(), steps=1).gsnr_statistics()
+    second = run_with(tiny_lora(), gsnr=rows).gsnr_statistics()
+    assert {row.status for row in second if "lora_B" in row.name} == {"given"}
+    assert {row.status for row in second if "lora_A" in row.name} == {"measured"}
+
+
+def test_reports_that_do_not_fit_list_what_is_wrong():
+    rows = run_with(tiny_llama()).gsnr_statistics()
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(3, 3, bias=False), "new": torch.nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match=r"gsnr must hold the model's own tensors") as caught:
+        SGDSaI(model.named_parameters(), gsnr=rows)
+    for part in ("model.embed_tokens.weight is not in the model", "and ", "more; give the report"):
+        assert part in str(caught.value)
+    row = type(rows[0])("w", (2,), 2, 0, 1.5, 1.5, 1, "measured")
+    with pytest.raises(ValueError, match=r"w has shape \(3,\), in gsnr \(2,\); give"):
+        SGDSaI([("w", torch.nn.Parameter(torch.ones(3)))], gsnr=[row])
+
+
+def test_optim_args_take_a_report_file(tmp_path):
+    first = SaITrainer(tiny_llama(), arguments(tmp_path / "first", max_steps=1), train_dataset=token_blocks())
+    first.train()
+    source = tmp_path / "first" / "gsnr_report.json"
+    for place in (source, source.parent):
+        args = arguments(tmp_path / "second", max_steps=1, optim_args=f"gsnr={place},normalize=max")
+        second = SaITrainer(tiny_llama(seed=3), args, train_dataset=token_blocks(seed=8))
+        second.train()
+        rows = GSNRReport.load(tmp_path / "second").tensors
+        assert [row.gsnr for row in rows] == [row.gsnr for row in GSNRReport.load(source).tensors]
+        assert {row.status for row in rows} == {"given"}
+    with pytest.raises(ValueError, match="a g-SNR report must be a file, a folder or a Hub repository"):
+        hf_sai.create_optimizer("sgd_sai", tiny_llama(), gsnr="nobody/nothing")
+
+
+# ---- Learning rates ----
+
+
+def test_converted_learning_rate_gives_the_same_training():
+    plain = run_with(tiny_llama())
+    model = tiny_llama()
+    converted = convert_lr(0.01, "none", "max", plain.gsnr_statistics())
+    optimizer = SGDSaI(model.named_parameters(), lr=converted, normalize="max", weight_decay=0.0)
+    same = tiny_llama()
+    other = SGDSaI(same.named_parameters(), lr=0.01, weight_decay=0.0)
+    for batch in batches(3, seed=9):
+        for each_model, each in ((model, optimizer), (same, other)):
+            each_model(**batch).loss.backward()
+            each.step()
+            each.zero_grad()
+    expected = trainable(same)
+    for name, value in trainable(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    assert convert_lr(converted, "max", "none", plain.gsnr_statistics()) == pytest.approx(0.01)
+    assert convert_lr(0.3, "max", "max", []) == 0.3
+
+
+def test_conversions_that_cannot_be_made():
+    with pytest.raises(ValueError, match="must be one of none, max but is 'mean'"):
+        convert_lr(0.1, "none", "mean", [])
+    with pytest.raises(ValueError, match="needs a measured g-SNR, but none is"):
+        convert_lr(0.1, "none", "max", SGDSaI([torch.nn.Parameter(torch.ones(2))]).gsnr_statistics())
