@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,13 +80,13 @@ def test_paths_are_equal_on_mixed_dtypes(path, momentum, weight_decay, maximize)
 
 def taken(monkeypatch, params, **options):
     """How many tensors took each path in the second step."""
-    counts = {"_single": 0, "_foreach": 0, "_fused": 0}
+    counts = {"_single": 0, "_foreach": 0, "_fused": 0, "_compiled": 0}
     for name in counts:
         original = getattr(updates, name)
 
         def count(batch, name=name, original=original):
             counts[name] += len(batch.params)
-            original(batch)
+            return original(batch)
 
         monkeypatch.setattr(updates, name, count)
     optimizer = SGDSaI(params, **options)
@@ -104,25 +107,49 @@ def test_low_precision_is_kept_away_from_the_fused_kernel_for_a_reason():
     assert (buffer.float() - expected).abs().max() > 0.1
 
 
-def test_each_path_takes_what_it_can(monkeypatch):
-    def params():
-        return [torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4, 8).bfloat16())]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"_fused": 2, "_single": 1}),
+        ({"fused": False}, {"_single": 3}),
+        ({"foreach": True}, {"_foreach": 2, "_single": 1}),
+        ({"fused": True}, {"_fused": 1, "_compiled": 1, "_single": 1}),  # the bf16 one is too small to compile for
+        ({"fused": True, "weight_decay": 0.0}, {"_fused": 2, "_single": 1}),
+        ({"fused": True, "momentum": 0.0}, {"_fused": 2, "_single": 1}),
+    ],
+)
+def test_each_path_takes_what_it_can(monkeypatch, options, expected):
+    tensors = [torch.randn(8, 4), torch.randn(1 << 16), torch.randn(4, 8).bfloat16()]
+    found = taken(monkeypatch, [torch.nn.Parameter(tensor) for tensor in tensors], **options)
+    assert {name: count for name, count in found.items() if count} == expected
 
-    with monkeypatch.context() as patch:
-        assert taken(patch, params(), fused=True) == {"_single": 1, "_foreach": 0, "_fused": 1}
-    with monkeypatch.context() as patch:
-        assert taken(patch, params(), foreach=True) == {"_single": 1, "_foreach": 1, "_fused": 0}
-    with monkeypatch.context() as patch:
-        assert taken(patch, params(), foreach=False, fused=False) == {"_single": 2, "_foreach": 0, "_fused": 0}
-    with monkeypatch.context() as patch:
-        assert taken(patch, params()) == {"_single": 1, "_foreach": 0, "_fused": 1}
 
-
-def test_a_fused_request_that_cannot_be_met_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(updates, "_not_fused_logged", False)
-    with caplog.at_level(logging.INFO, logger="hf_sai"):
-        run("fused", steps=3, weight_decay=0.1)
-    assert len([r for r in caplog.records if "take the single path" in r.getMessage()]) == 1
+def test_where_nothing_can_be_compiled_the_plain_path_takes_over_with_one_warning(tmp_path):
+    code = """
+import logging, sys, torch
+from hf_sai import SGDSaI
+logging.basicConfig(stream=sys.stdout, level=logging.WARNING)
+results = []
+for fused in (True, False):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(1 << 17))
+    optimizer = SGDSaI([param], fused=fused, weight_decay=0.1)
+    for _ in range(3):
+        param.grad = torch.randn(1 << 17)
+        optimizer.step()
+    results.append(param.detach())
+print(torch.allclose(*results, rtol=1e-6, atol=1e-6))
+"""
+    environment = {
+        **os.environ,
+        "PATH": "/nonexistent",
+        "CXX": "/nonexistent/g++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    warning, equal = done.stdout.splitlines()
+    assert "fused=True: no kernel can be compiled here (InvalidCxxCompiler" in warning
+    assert equal == "True"
 
 
 @pytest.mark.parametrize("path", ["single", "fused", "foreach"])
