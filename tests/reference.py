@@ -37,6 +37,7 @@ class ReferenceSGDSaI:
         self.snr_samples = [[] for _ in tensors]
         self.constant = [False] * len(tensors)
         self.buffer = [None] * len(tensors)
+        self.moves = [[0.0] for _ in tensors]  # the latest, to judge rounding by
         self.max = None
         self.measuring_rounds = 0
 
@@ -62,9 +63,10 @@ class ReferenceSGDSaI:
                     # norm / std is never below sqrt(n - 1); eps is not to be felt either
                     self.snr_samples[i].append(max(norm / (std + self.groups[i]["eps"]), math.sqrt(len(g) - 1)))
         measured = [i for i, s in enumerate(self.snr_samples) if s and not self.constant[i]]
-        if measured and self.measuring_rounds < self.k:
+        if measured or self.measuring_rounds:  # the maximum is open for k steps from the first that measured
             self.measuring_rounds += 1
-            self.max = max(self.gsnr(i) for i in measured)
+            if measured and self.measuring_rounds <= self.k:
+                self.max = max(self.gsnr(i) for i in measured)
         for i, g in enumerate(gradients):
             if g is not None and i not in skipped:
                 self.update(i, g)
@@ -82,4 +84,5 @@ class ReferenceSGDSaI:
             self.buffer[i] = [mu * m + (1.0 - mu) * x for m, x in zip(self.buffer[i], g, strict=True)]
         direction = self.buffer[i] if mu and self.buffer[i] is not None else g
         decay = 1.0 - options["lr"] * options["weight_decay"]
+        self.moves[i] = [options["lr"] * scale * d for d in direction]
         self.theta[i] = [t * decay - options["lr"] * scale * d for t, d in zip(self.theta[i], direction, strict=True)]
