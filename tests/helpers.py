@@ -65,3 +65,18 @@ def trainable(model):
 def files_below(folder):
     """Every file below a folder."""
     return [path for path in Path(folder).rglob("*") if path.is_file()]
+
+
+def peak_allocated(function):
+    """The most bytes that a function had allocated at a time on the CPU, beyond what stood before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events, "the profiler recorded no allocation"
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, token_blocks, trainable
+from helpers import arguments, peak_allocated, tiny_llama, token_blocks, trainable
 
 from hf_sai import GSNRReport, SaITrainer, SGDSaI
 from hf_sai.optim import SGDSaILayerwise
@@ -68,6 +68,34 @@ def test_never_more_than_one_gradient_at_a_time():
     train(model, optimizer, batches(2))
     assert set(alive) == {1}
     assert len(alive) == 2 * len(list(model.parameters()))
+
+
+def peak_bytes(make_optimizer):
+    """The most that a 12-layer model's training needed at a time beyond its parameters, by torch's own record."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 12, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    optimizer = make_optimizer(model.parameters())
+    tokens = torch.randint(0, 64, (1, 4))  # few activations: the rest shows
+    train(model, optimizer, [tokens])
+    state = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    peak = peak_allocated(lambda: train(model, optimizer, [tokens]))
+    return state + peak, max(p.nbytes for p in model.parameters()), sum(p.nbytes for p in model.parameters())
+
+
+def test_peak_memory_is_that_of_the_buffers_and_of_one_gradient():
+    def layerwise(**options):
+        return peak_bytes(lambda params: SGDSaILayerwise(params, lr=0.01, **options))[0]
+
+    sgd, largest, parameters = peak_bytes(lambda params: torch.optim.SGD(params, lr=0.01))
+    ordinary, *_ = peak_bytes(lambda params: SGDSaI(params, lr=0.01))
+    assert layerwise(momentum=0.0) < sgd + largest - 0.8 * parameters
+    assert layerwise(state_dtype="bfloat16") < sgd + largest - 0.3 * parameters
+    # With a float32 buffer, which is as large as the gradients that SGD holds, activations come on top.
+    assert layerwise() == pytest.approx(layerwise(momentum=0.0) + parameters, rel=0.01)
+    assert layerwise() < ordinary - 0.8 * parameters
 
 
 def test_gradients_wait_for_step_only_while_the_maximum_is_open():
