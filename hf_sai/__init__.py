@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
-    from .optim import OptionError, SGDSaI
+    from .optim import OptionError, SGDSaI, SGDSaILayerwise, convert_lr, measure_gsnr
     from .report import GSNRReport, optimizer_state_bytes
     from .trainer import SaITrainer, SaITrainerMixin, make_trainer
 
@@ -35,11 +35,14 @@ _HOME = {
     "OptimizerMismatchError": ".integration",
     "OptionError": ".optim",
     "SGDSaI": ".optim",
+    "SGDSaILayerwise": ".optim",
     "SaITrainer": ".trainer",
     "SaITrainerMixin": ".trainer",
     "assert_optimizer": ".integration",
+    "convert_lr": ".optim",
     "create_optimizer": ".integration",
     "make_trainer": ".trainer",
+    "measure_gsnr": ".optim",
     "optimizer_cls_and_kwargs": ".integration",
     "optimizer_state_bytes": ".report",
     "param_groups": ".integration",
@@ -53,11 +56,14 @@ __all__ = [
     "OptimizerMismatchError",
     "OptionError",
     "SGDSaI",
+    "SGDSaILayerwise",
     "SaITrainer",
     "SaITrainerMixin",
     "assert_optimizer",
+    "convert_lr",
     "create_optimizer",
     "make_trainer",
+    "measure_gsnr",
     "optimizer_cls_and_kwargs",
     "optimizer_state_bytes",
     "param_groups",
