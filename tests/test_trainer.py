@@ -300,6 +300,17 @@ def test_callback_without_a_trainer_logs_to_the_history(tmp_path):
     assert [entry["step"] for entry in trainer.state.log_history if "gsnr/measured" in entry] == [1]
 
 
+def test_a_callback_of_two_trainings_reports_the_second(tmp_path):
+    callback = GSNRCallback()
+    for seed in (0, 1):
+        data = token_blocks(seed=seed)
+        trainer = Trainer(tiny_llama(seed), arguments(tmp_path), train_dataset=data, callbacks=[callback])
+        trainer.train()
+    expected = [row.gsnr for row in trainer.optimizer.optimizer.gsnr_statistics()]
+    assert [row.gsnr for row in callback.report.tensors] == expected
+    assert [row.gsnr for row in GSNRReport.load(tmp_path).tensors] == expected
+
+
 def test_callback_finds_a_replaced_optimizer():
     args = arguments("unused")
     with pytest.raises(ValueError, match="asks for SGDSaI, but the optimizer that runs is SGD"):
@@ -406,6 +417,22 @@ def test_sft_trainer_with_adapter(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "trained using [TRL]" in text
     assert text.count("<!-- hf-sai:begin -->") == 1
+
+
+def test_metrics_of_trl_are_those_of_a_run_without_us(tmp_path):
+    """Its `log` averages and clears them: the report's scalars must not come in between."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_dict({"input_ids": [row["input_ids"].tolist() for row in token_blocks()]})
+    logged = []
+    for cls in (SFTTrainer, make_trainer(SFTTrainer)):
+        args = arguments(tmp_path, cls=SFTConfig, bf16=False, logging_steps=4, max_steps=4)
+        trainer = cls(tiny_lora(), args=args, train_dataset=rows, processing_class=word_tokenizer())
+        trainer.train()
+        logged.append([e["mean_token_accuracy"] for e in trainer.state.log_history if "mean_token_accuracy" in e])
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 1
 
 
 def word_tokenizer():

@@ -292,15 +292,14 @@ def round_stochastically_(values: Tensor) -> Tensor:
     """
     Rounds float32 numbers, in place, to one of the two bf16 numbers around each, at random, so that the mean is right.
 
-    bf16 is the upper half of float32: 16 random bits are added to the lower half, which is then cut off. Numbers that
-    are not finite are left alone.
+    bf16 is the upper half of float32: 16 random bits are added to the lower half, which is then cut off. Infinity and
+    NaN stay what they are: their lower half is zero, and nothing is carried out of it.
 
     Args:
         values (`torch.Tensor`): float32, contiguous; any shape.
     """
     bits = values.view(torch.int32)
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
-    noise.masked_fill_(~values.isfinite(), 0)
     bits.add_(noise).bitwise_and_(-65536)
     return values
 
