@@ -48,7 +48,10 @@ def test_param_groups_hold_each_trained_tensor_once():
 def test_tied_weights_stand_once():
     model = tiny_llama()
     model.lm_head.weight = model.model.embed_tokens.weight
-    hf_sai.create_optimizer("sgd_sai", model)  # torch refuses a tensor that stands twice
+    optimizer = hf_sai.create_optimizer("sgd_sai", model)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert "lm_head.weight" not in names
+    assert names.count("model.embed_tokens.weight") == 1
 
 
 def test_assert_optimizer_looks_through_accelerate():

@@ -186,4 +186,7 @@ def test_picture_marks_pending_and_fallback_and_names_the_kinds(report):
 
 def test_picture_of_nothing_measured_yet():
     optimizer = SGDSaI([("w", torch.nn.Parameter(torch.ones(3)))])
-    drawn(GSNRReport.from_optimizer(optimizer))
+    png, figure, *_, cells = drawn(GSNRReport.from_optimizer(optimizer))
+    assert png[:4] == b"\x89PNG"
+    assert "1 pending" in figure.get_suptitle()
+    assert [bool(cell.get_hatch()) for cell in cells] == [True]

@@ -14,7 +14,7 @@ from helpers import peak_allocated
 
 from hf_sai.optim import SGDSaI, updates
 from hf_sai.optim.gsnr import CHUNK_NUMEL
-from hf_sai.optim.updates import BLOCK_NUMEL, Batch, round_stochastically_, update
+from hf_sai.optim.updates import BLOCK_NUMEL, round_stochastically_
 
 
 PATHS = {
@@ -263,8 +263,12 @@ def test_bf16_parameters_that_would_not_move_are_warned_about_once(lr, dtype, op
     assert all(m.startswith("2 of 2 bf16 parameters move by less than 2^-8 of their size") for m in messages)
 
 
-def test_update_of_an_empty_batch_is_nothing():
-    update(Batch(0.9, 1.0, False, False))
+def test_frozen_parameters_and_empty_groups_are_no_work():
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = SGDSaI([{"params": [frozen]}, {"params": []}])
+    optimizer.step()
+    assert torch.equal(frozen, torch.ones(3))
+    assert not optimizer.state
 
 
 def test_works_under_torch_compile():
