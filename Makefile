@@ -1,15 +1,18 @@
-# make demo | test | style | quality, each building .venv first where it is missing or older than what it is made from.
+# make demo | test | test-oldest | style | quality, each building .venv first where it is missing or older than what it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test style quality clean
+.PHONY: demo test test-oldest style quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
@@ -27,5 +30,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf .venv demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo_output .pytest_cache .mypy_cache .ruff_cache

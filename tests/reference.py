@@ -86,3 +86,22 @@ class ReferenceSGDSaI:
         decay = 1.0 - options["lr"] * options["weight_decay"]
         self.moves[i] = [options["lr"] * scale * d for d in direction]
         self.theta[i] = [t * decay - options["lr"] * scale * d for t, d in zip(self.theta[i], direction, strict=True)]
+
+
+def grad_norm(rows: list[list[float]]) -> list[list[float]]:
+    """SWAN's GradNorm, one row at a time: centred, divided by the biased standard deviation; zeros without one."""
+    result = []
+    for row in rows:
+        mean = math.fsum(row) / len(row)
+        std = math.sqrt(math.fsum((x - mean) ** 2 for x in row) / len(row))
+        result.append([(x - mean) / std if std else 0.0 for x in row])
+    return result
+
+
+def whitened(matrix):
+    """`U V^T` of a float64 matrix by numpy's SVD, directions without extent left out."""
+    import numpy
+
+    u, s, vh = numpy.linalg.svd(matrix, full_matrices=False)
+    kept = s > 1e-9 * s.max(initial=0.0)
+    return (u * kept) @ vh
