@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 
 import hf_sai  # makes optim="sgd_sai" valid; import it before the argument parser is built
@@ -120,6 +121,7 @@ def train_and_evaluate(trainer: hf_sai.SaITrainer) -> dict[str, Any]:
 
 def finetune(script_args: ScriptArguments, args: TrainingArguments) -> dict[str, Any]:
     """Adapts a model with LoRA; returns losses and the optimizer's bytes."""
+    set_seed(args.seed)  # the adapter's first weights are random
     tokenizer = AutoTokenizer.from_pretrained(script_args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(script_args.model_name_or_path)
     if script_args.dataset_name is None:
