@@ -105,7 +105,7 @@ def _apply_all(module: ModuleType) -> None:
         try:
             _apply(module, name, None)
         except ValueError as error:
-            _added.pop(name, None)
+            remove_optimizer(name)
             warnings.warn(f"{name!r} was not added: {error}", stacklevel=2)
 
 
