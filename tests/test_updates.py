@@ -14,7 +14,7 @@ from helpers import peak_allocated
 
 from hf_sai.optim import SGDSaI, updates
 from hf_sai.optim.gsnr import CHUNK_NUMEL
-from hf_sai.optim.updates import BLOCK_NUMEL, round_stochastically_
+from hf_sai.optim.updates import BLOCK_NUMEL, COMPILED_NUMEL, round_stochastically_
 
 
 PATHS = {
@@ -44,6 +44,7 @@ def mixed_params():
         make(0, 3),
         make(BLOCK_NUMEL + 17),
         make(BLOCK_NUMEL // 512 + 1, 513, dtype=torch.bfloat16),
+        make(COMPILED_NUMEL + 3, dtype=torch.float64),
     ]
     return [torch.nn.Parameter(tensor) for tensor in tensors]
 

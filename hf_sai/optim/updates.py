@@ -93,8 +93,8 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
     by_path: dict[str, list[int]] = {"single": [], "foreach": [], "fused": [], "compiled": []}
     for index, (param, grad, buffer, _) in enumerate(batch):
         by_path[_path(param, grad, buffer, batch, foreach, fused)].append(index)
-    if by_path["compiled"] and not _compiled(batch.take(by_path["compiled"])):
-        by_path["single"] += by_path["compiled"]
+    if by_path["compiled"]:
+        _compiled(batch.take(by_path["compiled"]))
     if by_path["fused"]:
         _fused(batch if len(by_path["fused"]) == len(batch.params) else batch.take(by_path["fused"]))
     if by_path["foreach"]:
@@ -136,26 +136,29 @@ def _path(
 _compile_failed = False
 
 
-def _compiled(batch: Batch) -> bool:
-    """One generated pass per tensor; `False`, and one line in the log, where none can be generated."""
+def _compiled(batch: Batch) -> None:
+    """One generated pass per tensor; what none can be generated for takes the single path, with one warning."""
     global _compile_failed
-    wide = torch.promote_types(batch.params[0].dtype, torch.float32)
     sign = -1.0 if batch.maximize else 1.0
     shared = [batch.momentum, sign * (1.0 - batch.momentum), batch.decay]
-    # One transfer for all tensors; and numbers in a tensor are no constants, for which the kernel would be generated.
-    table = torch.tensor(
-        [[*shared, -step_size] for step_size in batch.step_sizes], dtype=wide, device=batch.params[0].device
-    )
-    try:
-        for (param, grad, buffer, _), row in zip(batch, table, strict=True):
+    for part in _alike(batch):
+        # One transfer for all tensors; and numbers in a tensor are no constants that a kernel would be generated for.
+        table = torch.tensor(
+            [[*shared, -step_size] for step_size in part.step_sizes],
+            dtype=torch.promote_types(part.params[0].dtype, torch.float32),
+            device=part.params[0].device,
+        )
+        for index, ((param, grad, buffer, _), row) in enumerate(zip(part, table, strict=True)):
             assert buffer is not None
-            _generated()(param.view(-1), grad.view(-1), buffer.view(-1), row)
-    except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was written
-        _compile_failed = True
-        reason = str(error).strip().splitlines()[0]
-        logger.warning("fused=True: no kernel can be compiled here (%s); the plain path is used instead.", reason)
-        return False
-    return True
+            if not _compile_failed:
+                try:
+                    _generated()(param.view(-1), grad.view(-1), buffer.view(-1), row)
+                    continue
+                except torch._dynamo.exc.BackendCompilerFailed as error:  # before this tensor was written
+                    _compile_failed = True
+                    reason = str(error).strip().splitlines()[0]
+                    logger.warning("fused=True: no kernel can be compiled here (%s); the plain path is used.", reason)
+            _single(part.take([index]))
 
 
 @functools.cache
@@ -224,12 +227,17 @@ def _bring_up(buffer: Tensor, grad: Tensor, batch: Batch) -> None:
 
 def _foreach(batch: Batch) -> None:
     """One device and dtype at a time, in sublists whose temporaries stay below a block (or one large tensor)."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for part in _alike(batch):
+        for sublist in _sublists(part.params):
+            _foreach_sublist(part.take(sublist))
+
+
+def _alike(batch: Batch) -> list[Batch]:
+    """The batch in parts of one device and dtype each."""
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, param in enumerate(batch.params):
-        groups.setdefault((param.device, param.dtype), []).append(index)
-    for indices in groups.values():
-        for sublist in _sublists(batch.params, indices):
-            _foreach_sublist(batch.take(sublist))
+        places.setdefault((param.device, param.dtype), []).append(index)
+    return [batch.take(indices) for indices in places.values()]
 
 
 def _foreach_sublist(batch: Batch) -> None:
@@ -243,15 +251,15 @@ def _foreach_sublist(batch: Batch) -> None:
     torch._foreach_add_(batch.params, moves)
 
 
-def _sublists(params: list[Tensor], indices: list[int]) -> Iterator[list[int]]:
+def _sublists(params: list[Tensor]) -> Iterator[list[int]]:
     sublist: list[int] = []
     total = 0
-    for index in indices:
-        if sublist and total + params[index].numel() > BLOCK_NUMEL:
+    for index, param in enumerate(params):
+        if sublist and total + param.numel() > BLOCK_NUMEL:
             yield sublist
             sublist, total = [], 0
         sublist.append(index)
-        total += params[index].numel()
+        total += param.numel()
     if sublist:
         yield sublist
 
