@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .tensors import is_sharded, local
 
 
 # Elements per pass: 2 MiB in float64 stays in cache, and the sum of 2^18 equal float32 numbers is exact in float64, so
@@ -163,16 +165,6 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
         GradientMoments(gradient.numel(), fetched[index][1], fetched[index][2], torch.finfo(gradient.dtype).eps)
         for index, gradient in enumerate(gradients)
     ]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
-    return type(tensor) is not Tensor and type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The piece of a DTensor that this rank holds (sharing its memory); any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _local_moments(gradient: Tensor) -> Tensor:

@@ -22,10 +22,9 @@ from .gsnr import (
     fallback_snr,
     gradient_moments,
     gradient_snr,
-    is_sharded,
-    local,
 )
-from .updates import Batch, update
+from .tensors import check_gradient, gradient_of, local, parameter_name
+from .updates import Batch, Coefficients, update
 
 
 logger = logging.getLogger(__name__)
@@ -58,9 +57,12 @@ class SGDSaI(Optimizer):
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
     State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), and
-    `momentum_buffer` (parameter's shape) where `momentum` is not 0: half of AdamW's. It is made for every trainable
-    tensor in the first `step()`, so that its keys depend neither on which gradients came nor on parameters that a
-    sharding library replaces after construction. `state_dict()` holds plain values and tensors only.
+    where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
+    AdamW's. The buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over
+    memory of its own (derived in `hf_sai/optim/updates.py`); so it belongs to the parameters that it was saved with.
+    State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
+    came nor on parameters that a sharding library replaces after construction. `state_dict()` holds plain values and
+    tensors only.
 
     DTensors (FSDP2, tensor parallelism) are measured as whole tensors, with one collective in a step that measures,
     and updated shard by shard. Every rank has to call `step()`.
@@ -87,9 +89,9 @@ class SGDSaI(Optimizer):
             Whether to update lists of tensors at once. `None`: for small tensors on accelerators.
         fused (`bool`, *optional*):
             Whether to touch memory once per element. `None`: with torch's ready-made kernel, on CPU and for large
-            tensors on CUDA; it does not know weight decay beside momentum, nor low precision, which then take an extra
-            pass. `True`: compiles a kernel for these too, which takes 10 to 20 s in the second step; where that can't
-            be done, one warning, and the plain path. The result is the same up to rounding.
+            tensors on CUDA, in float32 and float64. `True`: compiles a kernel for low precision too, which takes 10 to
+            20 s in the second step; where that can't be done, one warning, and the plain path. The result is the same
+            up to rounding.
         state_dtype (`str` or `torch.dtype`, *optional*):
             Of the momentum buffer: `"float32"`, `"bfloat16"` or `"float16"`. `None`: the parameter's.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
@@ -217,7 +219,7 @@ class SGDSaI(Optimizer):
     def _advance(self) -> None:
         """Measures what is not settled, and updates every tensor that has a gradient."""
         unsettled = self._collect(self._params())
-        moments = gradient_moments([_gradient(param) for _, _, param in unsettled])
+        moments = gradient_moments([gradient_of(param) for _, _, param in unsettled])
         self._count_step(moments)
         first, skipped = self._measure(unsettled, moments, self.param_groups[0]["step"])
         if unsettled:
@@ -336,8 +338,7 @@ class SGDSaI(Optimizer):
                 yield group_index, index, param
 
     def _name(self, group_index: int, index: int) -> str:
-        names = self.param_groups[group_index].get("param_names")
-        return names[index] if names else f"group{group_index}.{index}"
+        return parameter_name(self.param_groups[group_index], group_index, index)
 
     def _new_state(self, group_index: int, index: int) -> dict[str, Any]:
         """The state of a tensor before its first gradient, without the buffer."""
@@ -351,9 +352,10 @@ class SGDSaI(Optimizer):
             "gsnr_given": gsnr > 0.0,
         }
 
-    def _new_buffer(self, group: dict[str, Any], param: Tensor) -> Tensor:
+    def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
         dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else param.dtype
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        self.state[param].update(momentum_buffer=buffer, decay_ratio=0.0, decay=0.0)
 
     def _collect(self, params: Iterable[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
         """Of some tensors, those with a gradient whose g-SNR is not settled; makes the state where there is none."""
@@ -365,11 +367,11 @@ class SGDSaI(Optimizer):
             if not state:
                 state.update(self._new_state(group_index, index))
                 if group["momentum"] != 0:
-                    state["momentum_buffer"] = self._new_buffer(group, param)
+                    self._add_buffer(group, param)
             if param.grad is not None and (
                 state["gsnr_step"] == 0 or (state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"])
             ):
-                _check_gradient(param, self._name(group_index, index))
+                check_gradient(param, self._name(group_index, index), type(self).__name__)
                 unsettled.append((group_index, index, param))
         return unsettled
 
@@ -409,27 +411,27 @@ class SGDSaI(Optimizer):
         first: set[Tensor],
         skipped: set[Tensor],
     ) -> None:
-        """Updates tensors of a group. A pending one has gradient zero and scale 0: only the decay is left."""
-        lr, momentum = float(group["lr"]), group["momentum"]
-        options = (1.0 - lr * group["weight_decay"], group["maximize"], group["stochastic_rounding"])
-        moving, starting = Batch(momentum, *options), Batch(0.0, *options)
+        """Updates tensors of a group."""
+        options = (group["maximize"], group["stochastic_rounding"])
+        # By what a tensor can need: an update without momentum, a buffer that starts, a buffer that goes on.
+        plain, starting, moving = (Batch(weight, *options) for weight in (1.0, 1.0, 1.0 - group["momentum"]))
         for param in params:
             if param.grad is None or (skipped and param in skipped):
                 continue
             state = self.state[param]
-            grad, batch = _gradient(param), moving
-            if momentum != 0:
-                buffer = state.get("momentum_buffer")
-                if buffer is None or (first and param in first):  # None: momentum was switched on after the first step
-                    buffer = state["momentum_buffer"] = self._new_buffer(group, param) if buffer is None else buffer
-                    local(buffer).copy_(local(grad)).mul_(-1.0 if group["maximize"] else 1.0)
-                    batch = starting  # m_1 = g_1: the update is that without momentum
-                else:
-                    batch.buffers.append(local(buffer))
+            scale = state["gsnr"] / normalizer
+            batch = moving if scale and group["momentum"] else plain
+            if batch is moving:
+                if "momentum_buffer" not in state:  # momentum was switched on after the first step
+                    self._add_buffer(group, param)
+                    batch = starting
+                elif first and param in first:
+                    batch = starting  # m_1 = g_1
+                batch.buffers.append(local(state["momentum_buffer"]))
             batch.params.append(local(param))
-            batch.grads.append(local(grad))
-            batch.step_sizes.append(lr * state["gsnr"] / normalizer)
-        for batch in (starting, moving):
+            batch.grads.append(local(gradient_of(param)))
+            batch.coefficients.append(_coefficients(group, state, scale, starts=batch is starting))
+        for batch in (plain, starting, moving):
             if batch.params:
                 update(batch, group["foreach"], group["fused"])
 
@@ -550,27 +552,24 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _check_gradient(param: Tensor, name: str) -> None:
-    """Raises `RuntimeError` for a gradient that the update can't use."""
-    assert param.grad is not None
-    if param.grad.layout != torch.strided:
-        raise RuntimeError(
-            f"SGDSaI needs dense gradients but that of {name} is {param.grad.layout}; "
-            "build its embedding with sparse=False"
-        )
-    if param.is_complex():
-        raise RuntimeError(
-            f"SGDSaI needs real parameters but {name} is {param.dtype}; store it as real and view it as complex"
-        )
+def _coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, starts: bool) -> Coefficients:
+    """
+    Of a tensor's update, with the decay folded into the buffer as `updates.py` derives it; keeps what the next needs.
 
-
-def _gradient(param: Tensor) -> Tensor:
-    """The gradient; of a DTensor, laid out over the ranks as the parameter is."""
-    grad = param.grad
-    assert grad is not None
-    if is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-    return grad
+    A pending tensor, whose gradient is zero and whose scale is 0, only decays.
+    """
+    lr, momentum, weight_decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+    if not scale or not momentum:
+        scale = scale or 1.0
+        return Coefficients(0.0, weight_decay / scale, lr * scale)
+    ratio = weight_decay / scale
+    if starts:
+        coefficients = Coefficients(0.0, ratio, lr * scale)
+    else:
+        pull = ratio - momentum * state["decay_ratio"]
+        coefficients = Coefficients(momentum * (1.0 - state["decay"]), pull, lr * scale)
+    state["decay_ratio"], state["decay"] = ratio, lr * weight_decay
+    return coefficients
 
 
 def _record(state: dict[str, Any], moments: GradientMoments, eps: float) -> None:

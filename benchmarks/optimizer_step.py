@@ -1,0 +1,211 @@
+"""
+One optimizer step, peers side by side in one run: time, state, extra memory, first step. The ratios are the point.
+
+    python benchmarks/optimizer_step.py                      # every model that fits
+    python benchmarks/optimizer_step.py --models gpt2 lora --rounds 15
+
+Writes `benchmarks/results/optimizer_step_<device>.json` and `.md`. Peers that are not installed are left out, and
+said so. All peers take turns on the same parameters and gradients, so that a slow spell hits all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import io
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from common import device_name, machine, markdown_table, peak_extra_bytes, synchronize, write_results
+
+from hf_sai import SGDSaI, optimizer_state_bytes
+
+
+Shapes = list[tuple[int, ...]]
+
+
+def gpt2_shapes(width: int, layers: int) -> Shapes:
+    """Shapes of GPT-2's parameters, the head tied."""
+    block = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,), (width,), (width,)]
+    block += [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(50257, width), (1024, width), *block * layers, (width,), (width,)]
+
+
+def vit_shapes(width: int, layers: int, classes: int = 1000) -> Shapes:
+    """Shapes of a ViT with patches of 16 x 16 in a picture of 224 x 224."""
+    square = [(width, width), (width,)]
+    block = [(width,), (width,), *square * 4, (width,), (width,)]
+    block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    stem = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    return [*stem, *block * layers, (width,), (width,), (classes, width), (classes,)]
+
+
+def llama_shapes(width: int, inner: int, layers: int) -> Shapes:
+    """Shapes of the blocks of a LLaMA, without table and head."""
+    return [*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner), (width,), (width,)] * layers
+
+
+def lora_shapes(width: int, layers: int, rank: int) -> Shapes:
+    """An adapter on the four matrices of each GPT-2 block."""
+    pairs = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    return [shape for _ in range(layers) for fan_in, out in pairs for shape in ((rank, fan_in), (out, rank))]
+
+
+MODELS = {
+    "GPT-2 small": gpt2_shapes(768, 12),
+    "GPT-2 medium": gpt2_shapes(1024, 24),
+    "GPT-2 XL": gpt2_shapes(1600, 48),
+    "ViT-S/16": vit_shapes(384, 12),
+    "Llama-2-7B layers": llama_shapes(4096, 11008, 32),
+    "LoRA r=4 on GPT-2 medium": lora_shapes(1024, 24, 4),
+}
+OURS = "SGD-SaI"
+BASELINE = {"LoRA r=4 on GPT-2 medium": "SGD foreach"}  # the others: SGD fused
+
+
+def peers(compiled: bool) -> dict[str, Callable[[list[Any]], torch.optim.Optimizer]]:
+    """Optimizers by name; all with weight decay, so that each does the same work."""
+    found: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
+        OURS: lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01),
+        "SGD-SaI foreach": lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01, foreach=True),
+        "SGD-SaI plain": lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01, foreach=False, fused=False),
+        "SGD fused": lambda p: torch.optim.SGD(p, lr=1e-6, momentum=0.9, weight_decay=0.01, fused=True),
+        "SGD foreach": lambda p: torch.optim.SGD(p, lr=1e-6, momentum=0.9, weight_decay=0.01, foreach=True),
+        "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01, fused=True),
+        "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01, foreach=True),
+    }
+    if compiled:
+        found["SGD-SaI fused=True"] = lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01, fused=True)
+    try:
+        from sgd_sai import SGD_sai
+
+        found["sgd-sai"] = lambda p: SGD_sai(p, lr=1e-6, weight_decay=0.01)
+    except ImportError:
+        print("sgd-sai is not installed: left out")
+    try:
+        from pytorch_optimizer import SGDSaI as TheirSGDSaI
+
+        found["pytorch-optimizer"] = lambda p: TheirSGDSaI(p, lr=1e-6, weight_decay=0.01, foreach=True)
+    except ImportError:
+        print("pytorch-optimizer is not installed: left out")
+    return found
+
+
+def fitting(shapes: Shapes, dtype: torch.dtype) -> Shapes:
+    """As many of the tensors as fit: parameters, gradients, two moments and four words for the peers' temporaries."""
+    available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    budget = 0.8 * available / (8 * dtype.itemsize)
+    kept: Shapes = []
+    for shape in shapes:
+        budget -= torch.Size(shape).numel()
+        if budget < 0:
+            break
+        kept.append(shape)
+    return kept
+
+
+def measure(model: str, precision: str, rounds: int, threads: int) -> tuple[Shapes, dict[str, dict[str, float]]]:
+    """
+    The shapes that fit, and by optimizer: least and median milliseconds of a step, milliseconds of the first, bytes of
+    state, and the most bytes that a step needs besides.
+
+    Of large models one optimizer's state stands in memory at a time, and the peers don't take turns.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    device, dtype = device_name(), getattr(torch, precision)
+    shapes = fitting(MODELS[model], dtype)
+    grads = [(torch.randn(shape, device=device) * 1e-3).to(dtype) for shape in shapes]
+    params = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    found: dict[str, dict[str, float]] = {}
+    times: dict[str, list[float]] = {}
+    together = sum(param.numel() for param in params) < 360e6 or device == "cuda"
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for name, make in peers(compiled=dtype != torch.float32).items():
+        optimizer = make(params)
+        with contextlib.redirect_stdout(io.StringIO()):  # one of them prints a banner
+            first = milliseconds(optimizer)
+        extra = peak_extra_bytes(optimizer.step)
+        found[name] = {"first": first, "state": optimizer_state_bytes(optimizer), "extra": extra}
+        times[name] = []
+        if together:
+            optimizers[name] = optimizer
+        else:
+            milliseconds(optimizer)
+            times[name] = [milliseconds(optimizer) for _ in range(rounds)]
+            del optimizer
+    for _ in range(rounds if together else 0):
+        for name, optimizer in optimizers.items():
+            times[name].append(milliseconds(optimizer))
+    for name, values in times.items():
+        found[name] |= {"least": min(values), "median": statistics.median(values)}
+    return shapes, found
+
+
+def milliseconds(optimizer: torch.optim.Optimizer) -> float:
+    """Of one step."""
+    synchronize()
+    start = time.perf_counter()
+    optimizer.step()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def table(model: str, shapes: Shapes, whole: Shapes, found: dict[str, dict[str, float]]) -> str:
+    """Fastest first; our ratio to each peer is the last column."""
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    baseline = BASELINE.get(model, "SGD fused")
+    part = "" if len(shapes) == len(whole) else f", the first {len(shapes)} of {len(whole)} tensors, which fit"
+    rows = [
+        [
+            name,
+            f"{values['median'] / found[baseline]['median']:.2f}",
+            f"{found[OURS]['median'] / values['median']:.2f}",
+            f"{values['median']:.2f}",
+            f"{values['least']:.2f}",
+            f"{values['first']:.0f}",
+            f"{values['state'] / numel:.2f}",
+            f"{values['extra'] / 1e6:.1f}",
+        ]
+        for name, values in sorted(found.items(), key=lambda item: item[1]["median"])
+    ]
+    times = [f"to {baseline}", "SGD-SaI to it", "median ms", "least ms", "first step ms"]
+    header = ["optimizer", *times, "state bytes/element", "extra MB"]
+    return f"### {model}: {numel / 1e6:.1f} M parameters{part}\n\n{markdown_table(header, rows)}\n"
+
+
+def main() -> None:
+    """Measures, prints tables, writes the result files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    about = machine("sgd-sai", "pytorch-optimizer")
+    results: dict[str, Any] = {"machine": about, "dtype": args.dtype, "rounds": args.rounds, "models": {}}
+    tables = []
+    for model in args.models:
+        # In a process of its own: what the model before had allocated does not always go back to the system.
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            shapes, found = pool.submit(measure, model, args.dtype, args.rounds, args.threads).result()
+        rounded = {name: {key: round(value, 3) for key, value in values.items()} for name, values in found.items()}
+        results["models"][model] = {"tensors": len(shapes), "of": len(MODELS[model]), "optimizers": rounded}
+        tables.append(table(model, shapes, MODELS[model], found))
+        print(tables[-1])
+    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
+    title = f"Time of one optimizer step, {args.dtype}, medians of {args.rounds} interleaved rounds."
+    write_results(f"optimizer_step_{device_name()}{suffix}", results, f"{title}\n\n" + "\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
