@@ -1,5 +1,5 @@
 """
-SGD-SaI for the Hugging Face trainers: `import hf_sai`, then `TrainingArguments(optim="sgd_sai")`.
+SGD-SaI and SWAN for the Hugging Face trainers: `import hf_sai`, then `TrainingArguments(optim="sgd_sai")`.
 
 Importing registers the optimizer names with transformers where that is installed; nothing heavy is imported.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
-    from .optim import OptionError, SGDSaI, SGDSaILayerwise, convert_lr, measure_gsnr
+    from .optim import SWAN, OptionError, SGDSaI, SGDSaILayerwise, SWANLayerwise, convert_lr, measure_gsnr
     from .report import GSNRReport, optimizer_state_bytes
     from .trainer import SaITrainer, SaITrainerMixin, make_trainer
 
@@ -36,6 +36,8 @@ _HOME = {
     "OptionError": ".optim",
     "SGDSaI": ".optim",
     "SGDSaILayerwise": ".optim",
+    "SWAN": ".optim",
+    "SWANLayerwise": ".optim",
     "SaITrainer": ".trainer",
     "SaITrainerMixin": ".trainer",
     "assert_optimizer": ".integration",
@@ -51,12 +53,14 @@ _HOME = {
 }
 
 __all__ = [
+    "SWAN",
     "GSNRCallback",
     "GSNRReport",
     "OptimizerMismatchError",
     "OptionError",
     "SGDSaI",
     "SGDSaILayerwise",
+    "SWANLayerwise",
     "SaITrainer",
     "SaITrainerMixin",
     "assert_optimizer",

@@ -14,9 +14,10 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 import trainer_patches
-from trainer_patches.compat import decay_parameter_names
+from trainer_patches.compat import decay_parameter_names, target_module_matches
 
 from .optim.registry import OptimizerRecord, OptionError, get_record, list_records, parse_options, record_of
+from .optim.routing import ADAM, route_parameters, summary
 from .report import GSNRReport
 
 
@@ -49,21 +50,31 @@ def unregister() -> None:
 
 
 def optimizer_cls_and_kwargs(
-    name: str, *, lr: float, weight_decay: float | None = None, **options: Any
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float | None = None,
+    model: nn.Module | None = None,
+    target_modules: str | list[str] | None = None,
+    **options: Any,
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """
     The route without patches: what the argument `optimizer_cls_and_kwargs` of `Trainer` and `SFTTrainer` takes.
 
-    The host then sets weight decay per group (no biases, no norms) from `TrainingArguments.weight_decay`.
+    The host then sets weight decay per group (no biases, no norms) from `TrainingArguments.weight_decay`, but where
+    `model` is given: the groups are then made here, with `weight_decay`.
 
     Args:
         name (`str`): Such as `"sgd_sai"`.
         lr (`float`): Learning rate. The host does not fill it in on this route, so it has no default.
         weight_decay (`float`, *optional*): Used only for groups that have none of their own.
+        model (`torch.nn.Module`, *optional*): The model that is trained, with its adapter. SWAN needs it, to tell
+            embeddings and heads from other matrices.
+        target_modules (`str` or `list[str]`, *optional*): As in [`param_groups`].
         options: As for `optim_args`, typed or as text.
 
     Raises:
-        `OptionError`: The name, an option or a value is not known.
+        `OptionError`: The name, an option or a value is not known, or SWAN was asked for without a model.
 
     Example:
 
@@ -73,9 +84,17 @@ def optimizer_cls_and_kwargs(
     ```
     """
     record = get_record(name)
-    kwargs = {"lr": lr, **_constructor_options(record, options)}
+    constructor, routing = _typed_options(record, options)
+    kwargs = {"lr": lr, **constructor}
     if weight_decay is not None:
         kwargs["weight_decay"] = weight_decay
+    if model is not None:
+        kwargs["params"] = param_groups(model, name, weight_decay or 0.0, target_modules=target_modules, **routing)
+    elif record.routed:
+        raise OptionError(
+            f"{name} is routed by the model's modules, but this route was given no model; pass model=, the one that "
+            "the trainer trains (with its adapter), or set optim= in the arguments instead"
+        )
     return record.cls, kwargs
 
 
@@ -84,6 +103,7 @@ def create_optimizer(
     model_or_params: nn.Module | Iterable[Any],
     lr: float | None = None,
     weight_decay: float | None = None,
+    target_modules: str | list[str] | None = None,
     **options: Any,
 ) -> Optimizer:
     """
@@ -92,49 +112,107 @@ def create_optimizer(
     Args:
         name (`str`): Such as `"sgd_sai"`.
         model_or_params (`torch.nn.Module` or iterable): A model gives named groups, without decay for biases and
-            norms; parameters, pairs or groups are taken as they are, with their own `lr` and `weight_decay`.
+            norms; parameters, pairs or groups are taken as they are, with their own `lr` and `weight_decay`. SWAN then
+            knows no modules, and takes what has two dimensions or more for a matrix, embeddings too.
         lr (`float`, *optional*): Defaults to the optimizer's own.
         weight_decay (`float`, *optional*): Defaults to the optimizer's own.
+        target_modules (`str` or `list[str]`, *optional*): As in [`param_groups`].
         options: As for `optim_args`.
 
     Raises:
-        `OptionError`: The name, an option or a value is not known.
+        `OptionError`: The name, an option or a value is not known, or routing was asked for without a model.
     """
     record = get_record(name)
-    kwargs = _constructor_options(record, options)
+    kwargs, routing = _typed_options(record, options)
     kwargs["lr"] = record.default("lr") if lr is None else lr
     kwargs["weight_decay"] = record.default("weight_decay") if weight_decay is None else weight_decay
+    if target_modules is not None:
+        routing["target_modules"] = target_modules
     params: Any = model_or_params
     if isinstance(model_or_params, nn.Module):
-        params = param_groups(model_or_params, name, weight_decay=kwargs["weight_decay"])
+        params = param_groups(model_or_params, name, weight_decay=kwargs["weight_decay"], **routing)
+    elif routing:
+        raise OptionError(
+            f"{', '.join(routing)} of {name} need the modules, but only parameters were given; pass the model"
+        )
     return record.cls(params, **kwargs)
 
 
 def param_groups(
-    model: nn.Module, optim: str, weight_decay: float = 0.0, decay_names: Iterable[str] | None = None
+    model: nn.Module,
+    optim: str,
+    weight_decay: float = 0.0,
+    decay_names: Iterable[str] | None = None,
+    target_modules: str | list[str] | None = None,
+    **routing: Any,
 ) -> list[dict[str, Any]]:
     """
     Named parameter groups of a model: with weight decay, and (biases and norms) without.
 
+    SWAN's are split once more, into `kind="swan"` and `kind="adam"`, and hold each parameter's route and the reason.
+
     Args:
         model (`torch.nn.Module`): Its trainable parameters are taken, each once.
         optim (`str`): Such as `"sgd_sai"`.
-        weight_decay (`float`, *optional*, defaults to 0.0): Of the first group.
+        weight_decay (`float`, *optional*, defaults to 0.0): Of the groups that decay.
         decay_names (iterable of `str`, *optional*): Names that decay. Defaults to the host Trainer's rule.
+        target_modules (`str` or `list[str]`, *optional*): The modules that SWAN may whiten, as the host's
+            `optim_target_modules` has it: a regular expression for the whole name, a list of names, parts of names or
+            expressions, or `"all-linear"`. Defaults to all.
+        routing: SWAN's `lora_policy` and `split_qkv`; see [`hf_sai.optim.route_parameters`].
 
     Returns:
         `list[dict]`: Groups whose `"params"` are `("name", tensor)` pairs. An empty one is left out.
+
+    Raises:
+        `OptionError`: `target_modules` or a routing option for an optimizer that whitens nothing.
+        `ValueError`: Nothing is left for SWAN to whiten.
     """
-    get_record(optim)
-    if decay_names is None:
-        decay_names = decay_parameter_names(model)
-    decays = set(decay_names)
-    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    groups = [
-        {"params": [pair for pair in trainable if pair[0] in decays], "weight_decay": weight_decay},
-        {"params": [pair for pair in trainable if pair[0] not in decays], "weight_decay": 0.0},
-    ]
+    record = get_record(optim)
+    decays = set(decay_parameter_names(model) if decay_names is None else decay_names)
+    if not record.routed:
+        given = [*routing, *(["target_modules"] if target_modules is not None else [])]
+        if given:
+            raise OptionError(
+                f"{', '.join(given)} can't be set for {optim}, which takes all tensors alike; leave it out"
+            )
+        trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        return _without_empty(
+            {
+                "params": [pair for pair in trainable if (pair[0] in decays) == decay],
+                "weight_decay": weight_decay * decay,
+            }
+            for decay in (True, False)
+        )
+    routes = route_parameters(model, _targets(target_modules), **routing)
+    logger.info("%s: %s", optim, summary([(row.route, row.reason, row.param.numel()) for row in routes]))
+    groups = []
+    for kind in ("swan", "adam"):
+        for decay in (True, False):
+            rows = [row for row in routes if (row.route == ADAM) == (kind == "adam") and (row.name in decays) == decay]
+            groups.append(
+                {
+                    "params": [(row.name, row.param) for row in rows],
+                    "weight_decay": weight_decay * decay,
+                    "kind": kind,
+                    "routes": [row.route for row in rows],
+                    "reasons": [row.reason for row in rows],
+                }
+            )
+    return _without_empty(groups)
+
+
+def _without_empty(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
+
+
+def _targets(target_modules: str | list[str] | None) -> Callable[[str, nn.Module], bool] | None:
+    """The host's rule for `optim_target_modules`."""
+    if target_modules is None:
+        return None
+    if isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
+        return lambda name, module: isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return lambda name, module: target_module_matches(target_modules, name)
 
 
 @contextlib.contextmanager
@@ -189,29 +267,38 @@ def assert_optimizer(optimizer: Any, name: str) -> None:
 
 def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
     """Handler for the host's table: `OptimizerContext` in, class and keyword arguments out."""
-    _refuse_unsupported_modes(record, context.args)
-    kwargs: dict[str, Any] = {
-        "lr": context.args.learning_rate,
-        "weight_decay": context.args.weight_decay,
-        **_constructor_options(record, context.optim_args),
-    }
-    shown = ", ".join(f"{key}={value}" for key, value in kwargs.items() if key != "gsnr")
+    args = context.args
+    _refuse_unsupported_modes(record, args)
+    kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if record.routed:
+        kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    options, routing = _typed_options(record, context.optim_args)
+    kwargs |= options
+    shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")
     logger.info("optim=%s: %s", record.name, shown)
     if context.model is not None:
+        if record.routed:
+            routing["target_modules"] = getattr(args, "optim_target_modules", None)
         names = _decay_rule.get()(context.model)
-        kwargs["params"] = param_groups(context.model, record.name, context.args.weight_decay, decay_names=names)
+        kwargs["params"] = param_groups(context.model, record.name, args.weight_decay, decay_names=names, **routing)
     return record.cls, kwargs
 
 
-def _constructor_options(record: OptimizerRecord, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Typed options, with the rows of the report that `gsnr` names in its place."""
+def _typed_options(record: OptimizerRecord, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Typed options: the constructor's, with the rows of the report that `gsnr` names in its place, and those that decide
+    about groups.
+    """
     options = parse_options(record, given)
+    routing = {
+        option.name: options.pop(option.name) for option in record.options if option.routing and option.name in options
+    }
     source = options.pop("gsnr", None)
     if isinstance(source, (str, os.PathLike)):
         options["gsnr"] = GSNRReport.from_pretrained(source).tensors
     elif source is not None:
         options["gsnr"] = getattr(source, "tensors", source)
-    return options
+    return options, routing
 
 
 def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
@@ -220,7 +307,7 @@ def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
         by_launcher = os.environ.get(f"ACCELERATE_USE_{field.upper()}", "false").lower() in ("1", "true", "yes")
         if getattr(args, field, None) or getattr(args, f"{field}_plugin", None) or by_launcher:
             raise OptionError(
-                f"optim={record.name!r} measures whole tensors, but {field} is set and splits them over the ranks; "
+                f"optim={record.name!r} needs whole tensors, but {field} is set and splits them over the ranks; "
                 f"unset {field} (DDP works), or choose another optimizer"
             )
     if not record.layerwise:

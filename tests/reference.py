@@ -105,3 +105,51 @@ def whitened(matrix):
     u, s, vh = numpy.linalg.svd(matrix, full_matrices=False)
     kept = s > 1e-9 * s.max(initial=0.0)
     return (u * kept) @ vh
+
+
+def swan_direction(matrix):
+    """GradNorm, whitening by SVD, rescaled to GradNorm's norm; float64, one matrix."""
+    import numpy
+
+    normed = numpy.array(grad_norm(matrix.tolist()))
+    direction = whitened(normed)
+    norm = numpy.linalg.norm(direction)
+    return direction * (numpy.linalg.norm(normed) / norm if norm else 0.0)
+
+
+class ReferenceSWAN:
+    """
+    SWAN on numpy float64 arrays, one matrix at a time (arXiv 2412.13148), Adam for the rest.
+
+    Args:
+        tensors (`dict[str, array]`): The parameters.
+        views (`dict[str, callable]`): For every tensor to whiten, from an array of its shape to the list of matrices
+            in it, as views that can be written through.
+        options (`dict`): lr, scale, adam_lr_ratio, weight_decay, beta1, beta2, eps.
+    """
+
+    def __init__(self, tensors, views, options):
+        import numpy
+
+        self.theta = {name: numpy.array(value, dtype=float) for name, value in tensors.items()}
+        self.views, self.options = views, options
+        self.moments = {name: [0, 0.0, 0.0] for name in tensors if name not in views}
+
+    def step(self, gradients):
+        """One update; gradients by name, a missing one is None."""
+        import numpy
+
+        o = self.options
+        for name, gradient in gradients.items():
+            theta = self.theta[name]
+            theta *= 1.0 - o["lr"] * o["weight_decay"]
+            if name in self.views:
+                for part, direction in zip(self.views[name](theta), self.views[name](gradient), strict=True):
+                    part -= o["lr"] * o["scale"] * swan_direction(direction)
+                continue
+            moment = self.moments[name]
+            moment[0] += 1
+            moment[1] = o["beta1"] * moment[1] + (1 - o["beta1"]) * gradient
+            moment[2] = o["beta2"] * moment[2] + (1 - o["beta2"]) * gradient**2
+            mean, square = moment[1] / (1 - o["beta1"] ** moment[0]), moment[2] / (1 - o["beta2"] ** moment[0])
+            theta -= o["lr"] * o["adam_lr_ratio"] * mean / (numpy.sqrt(square) + o["eps"])

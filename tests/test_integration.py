@@ -67,7 +67,7 @@ def test_sharded_modes_are_refused_by_name(tmp_path):
     for field in ("deepspeed", "fsdp"):
         args = arguments(tmp_path)
         setattr(args, field, "full_shard")
-        with pytest.raises(ValueError, match=f"measures whole tensors, but {field} is set"):
+        with pytest.raises(ValueError, match=f"needs whole tensors, but {field} is set"):
             Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
 
 

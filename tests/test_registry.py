@@ -12,7 +12,9 @@ from hf_sai.optim import OptionError, SGDSaI, get_record, list_records, parse_op
 def test_every_option_is_an_argument_of_its_class_and_every_argument_an_option():
     for record in list_records():
         arguments = set(inspect.signature(record.cls).parameters) - {"params", "lr", "weight_decay"}
-        assert {option.name for option in record.options} == arguments
+        assert {option.name for option in record.options if not option.routing} == arguments
+        routing = {option.name for option in record.options if option.routing}
+        assert routing == ({"lora_policy", "split_qkv"} if record.routed else set())
 
 
 def test_defaults_read_as_text_give_themselves():
@@ -48,9 +50,27 @@ def test_values_of_another_type_are_refused(given):
         parse_options(get_record("sgd_sai"), given)
 
 
+def test_typed_values_of_swan():
+    given = {
+        "betas": "0.9/0.95",
+        "ns_steps": "none",
+        "split_qkv": "true",
+        "whitening": "svd",
+        "max_batch_bytes": "1024",
+    }
+    parsed = parse_options(get_record("swan"), given)
+    assert parsed == {
+        "betas": (0.9, 0.95), "ns_steps": None, "split_qkv": True, "whitening": "svd", "max_batch_bytes": 1024
+    }  # fmt: skip
+    assert parse_options(get_record("swan"), {"betas": (0.8, 0.9)}) == {"betas": (0.8, 0.9)}
+    for bad in ({"betas": "0.9"}, {"betas": "a/b"}, {"betas": 0.9}, {"lora_policy": "B"}, {"whitening": "qr"}):
+        with pytest.raises(OptionError, match="of swan must be "):
+            parse_options(get_record("swan"), bad)
+
+
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
-        OptionError, match="'sgdsai' is not an optimizer of hf_sai; choose one of: sgd_sai, sgd_sai_layerwise"
+        OptionError, match="'sgdsai' is not an optimizer of hf_sai; choose one of: sgd_sai, sgd_sai_layerwise, swan"
     ):
         get_record("sgdsai")
     with pytest.raises(OptionError, match="betas is not an option of sgd_sai; valid options: eps, foreach"):

@@ -67,15 +67,35 @@ def test_newton_schulz_at_ten_steps_on_gaussian_matrices(shape):
     matrix = torch.randn(shape)
     expected = torch.from_numpy(reference.whitened(matrix.double().numpy()))
     assert relative(grad_whitening(matrix, "newton_schulz"), expected) < 2e-2
-    assert relative(grad_whitening(matrix, "polar_express"), expected) < 1e-2
+    assert relative(grad_whitening(matrix, "polar_express"), expected) < 4e-2
+    assert relative(grad_whitening(matrix, "polar_express", steps=7), expected) < 1e-3
     assert relative(grad_whitening(matrix, "svd"), expected) < 1e-5
 
 
+def flat_but_one(m, n, condition):
+    """All singular values 1 but the last."""
+    u, _ = torch.linalg.qr(torch.randn(m, m, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(n, m, dtype=torch.float64))
+    values = torch.ones(m, dtype=torch.float64)
+    values[-1] = 1.0 / condition
+    return (u * values) @ v.T
+
+
 @pytest.mark.parametrize("condition", [1, 10, 100, 1000])
-def test_polar_express_brings_singular_values_to_one(condition):
-    found = grad_whitening(conditioned(64, 100, condition).float(), "polar_express")
-    values = torch.linalg.svdvals(found)
-    assert 0.99 < values.min() <= values.max() < 1.01
+@pytest.mark.parametrize("spectrum", [conditioned, flat_but_one])
+@pytest.mark.parametrize("shape", [(64, 100), (256, 256)])
+def test_polar_express_brings_singular_values_to_one(condition, spectrum, shape):
+    matrix = spectrum(*shape, condition).float()
+    for dtype, least in ((None, 0.94), (torch.bfloat16, 0.9)):
+        values = torch.linalg.svdvals(grad_whitening(matrix, "polar_express", dtype=dtype))
+        assert least < values.min() <= values.max() < 1.06
+
+
+@pytest.mark.parametrize("shape", [(64, 200), (256, 688), (256, 256), (100, 40)])
+def test_bf16_arithmetic_is_near_enough_on_gaussian_matrices(shape):
+    matrix = torch.randn(shape)
+    exact = grad_whitening(matrix, "svd").double()
+    assert relative(grad_whitening(matrix, "polar_express", dtype=torch.bfloat16), exact) < 5e-2
 
 
 def test_newton_schulz_leaves_small_directions_as_documented():
@@ -101,7 +121,7 @@ def test_direction_is_the_whitened_norm_with_rms_one(method, shape):
     expected = oracle(gradient)
     expected = expected * math.sqrt(shape[0] * shape[1]) / expected.norm()
     assert found.square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-5)
-    assert relative(found, expected) < (2e-2 if method == "newton_schulz" else 1e-2)
+    assert relative(found, expected) < (4e-2 if method == "polar_express" else 2e-2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,7 +129,8 @@ def test_zero_and_one_row_and_empty_gradients(method):
     assert swan_direction(torch.zeros(4, 7), method).abs().max() == 0.0
     row = torch.tensor([[1.0, -2.0, 4.0, 0.5]])
     torch.testing.assert_close(swan_direction(row, method), grad_norm(row), rtol=1e-5, atol=1e-6)
-    assert swan_direction(torch.zeros(0, 3), method).shape == (0, 3) if method != "svd" else True
+    assert swan_direction(torch.zeros(0, 3), method).shape == (0, 3)
+    assert swan_direction(torch.zeros(2, 4, 0), method).shape == (2, 4, 0)
 
 
 def hard_matrix(rng):
@@ -152,5 +173,8 @@ def test_bf16_gradients_are_whitened_in_float32():
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="whitening must be one of newton_schulz, polar_express, svd but is 'qr'"):
         grad_whitening(torch.randn(2, 3), "qr")
-    with pytest.raises(ValueError, match="ns_steps must be a whole number >= 1 but is 0; the default is 10"):
-        grad_whitening(torch.randn(2, 3), steps=0)
+    for steps in (0, 2.5, True):
+        with pytest.raises(
+            ValueError, match=r"ns_steps must be a whole number >= 1 or None but is .*the method's own, 6"
+        ):
+            grad_whitening(torch.randn(2, 3), steps=steps)

@@ -80,3 +80,15 @@ def decay_parameter_names(model: Any) -> set[str]:
     from transformers import Trainer
 
     return set(Trainer.get_decay_parameter_names(None, model))
+
+
+def target_module_matches(target_modules: str | list[str], module_name: str) -> bool:
+    """
+    Whether the host's `optim_target_modules` means a module of that name.
+
+    `transformers.trainer_utils.check_target_module_exists` is not documented. Since transformers 4.39. Remove when the
+    host says where the rule is to be found.
+    """
+    from transformers.trainer_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(target_modules, module_name))

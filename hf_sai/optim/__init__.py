@@ -1,18 +1,23 @@
 """The optimizers. Needs torch only, and serves any training loop."""
 
 from .gsnr import GradientMoments, TensorGSNR, gradient_moments, gradient_snr
-from .layerwise import SGDSaILayerwise
+from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .measure import convert_lr, measure_gsnr
 from .registry import OptimizerRecord, OptionError, get_record, list_records, parse_options
+from .routing import Route, route_parameters
 from .sgd_sai import SGDSaI
+from .swan import SWAN
 
 
 __all__ = [
+    "SWAN",
     "GradientMoments",
     "OptimizerRecord",
     "OptionError",
+    "Route",
     "SGDSaI",
     "SGDSaILayerwise",
+    "SWANLayerwise",
     "TensorGSNR",
     "convert_lr",
     "get_record",
@@ -21,4 +26,5 @@ __all__ = [
     "list_records",
     "measure_gsnr",
     "parse_options",
+    "route_parameters",
 ]

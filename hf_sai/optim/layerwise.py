@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gsnr import gradient_moments, is_sharded
+from .gsnr import gradient_moments
 from .sgd_sai import SGDSaI
+from .swan import SWAN
+from .tensors import is_sharded
 
 
 class LayerwiseMixin:
@@ -130,3 +132,13 @@ class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
             self._warn_if_bf16_stays(unsettled, moments, first)
         self._update(group, [param], self._normalizer(), first, skipped)
         return True
+
+
+class SWANLayerwise(LayerwiseMixin, SWAN):
+    """
+    [`SWAN`] with layer-wise updates; the same arguments, the same results. Matrices are whitened one at a time.
+
+    Raises:
+        `RuntimeError`: In the backward pass or `step()`: gradient accumulation, more than one process, sharded
+            parameters, or a `GradScaler`.
+    """

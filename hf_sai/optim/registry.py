@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from .gsnr import NORMALIZATIONS
-from .layerwise import SGDSaILayerwise
+from .layerwise import SGDSaILayerwise, SWANLayerwise
+from .routing import LORA_POLICIES, route_parameters
 from .sgd_sai import STATE_DTYPES, SGDSaI
+from .swan import SWAN, WHITENING_DTYPES
+from .whitening import METHODS
 
 
 class OptionError(ValueError):
@@ -30,12 +34,14 @@ class Option:
         kind (`str`): What a value must be, as the error says it: `"a number"`, `"a whole number"`, `"true or false"`.
         parse (callable): Text or value to value; raises `ValueError` where it can't.
         help (`str`): One line for the command line.
+        routing (`bool`): Whether it is an argument of [`route_parameters`] and not of the constructor.
     """
 
     name: str
     kind: str
     parse: Callable[[Any], Any]
     help: str
+    routing: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class OptimizerRecord:
         paper (`str`): arXiv id.
         learning_rate_hint (`str`): What to set the learning rate to, in one sentence.
         layerwise (`bool`): Whether it updates inside the backward pass.
+        routed (`bool`): Whether it needs [`route_parameters`]; learning rates are then in AdamW's terms, and the
+            host's settings for Adam (`adam_beta1`, ...) hold for the tensors that go to Adam.
     """
 
     name: str
@@ -60,10 +68,12 @@ class OptimizerRecord:
     paper: str
     learning_rate_hint: str
     layerwise: bool = False
+    routed: bool = False
 
     def default(self, name: str) -> Any:
-        """The constructor's default of an argument."""
-        return inspect.signature(self.cls).parameters[name].default
+        """The default of an option, or of another argument of the constructor."""
+        routing = any(option.name == name and option.routing for option in self.options)
+        return inspect.signature(route_parameters if routing else self.cls).parameters[name].default
 
 
 def _to_float(value: Any) -> float:
@@ -99,6 +109,25 @@ def _to_state_dtype(value: Any) -> str | None:
     if name not in STATE_DTYPES:
         raise ValueError
     return name
+
+
+def _to_int_or_none(value: Any) -> int | None:
+    return None if _is_none(value) else _to_int(value)
+
+
+def _to_pair(value: Any) -> tuple[float, float]:
+    """`"0.9/0.95"` or a sequence: a comma separates options."""
+    first, second = re.split(r"[/,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
+    return _to_float(first), _to_float(second)
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if str(value) not in choices:
+            raise ValueError
+        return str(value)
+
+    return parse
 
 
 def _to_source(value: Any) -> Any:
@@ -138,6 +167,30 @@ _SGD_SAI = OptimizerRecord(
     ),
 )
 
+_SWAN = OptimizerRecord(
+    name="swan",
+    cls=SWAN,
+    description="SWAN: whitened gradients without state for the matrices in the blocks, Adam for the rest",
+    options=(
+        Option("whitening", " or ".join(METHODS), _one_of(*METHODS), "how matrices are whitened"),
+        Option("ns_steps", "a whole number or none", _to_int_or_none, "of the iteration; none takes the method's own"),
+        Option("whitening_dtype", " or ".join(WHITENING_DTYPES), _one_of(*WHITENING_DTYPES), "of polar_express"),
+        Option("scale", "a number", _to_float, "of the learning rate, for matrices"),
+        Option("adam_lr_ratio", "a number", _to_float, "of the learning rate, for what goes to Adam"),
+        Option("betas", "two numbers, such as 0.9/0.999", _to_pair, "Adam's"),
+        Option("eps", "a number", _to_float, "Adam's"),
+        Option("momentum", "a number", _to_float, "whiten a running mean, in [0, 1); 0 keeps none"),
+        Option("maximize", "true or false", _to_bool, "ascend instead of descend"),
+        Option("stochastic_rounding", "true or false", _to_bool, "of bf16 parameters"),
+        Option("max_batch_bytes", "a whole number or none", _to_int_or_none, "bound on whitening's extra memory"),
+        Option("lora_policy", " or ".join(LORA_POLICIES), _one_of(*LORA_POLICIES), "LoRA factors to whiten", True),
+        Option("split_qkv", "true or false", _to_bool, "whiten fused query, key and value one by one", True),
+    ),
+    paper="2412.13148",
+    learning_rate_hint="the learning rate that is right for AdamW is a good start",
+    routed=True,
+)
+
 _RECORDS: dict[str, OptimizerRecord] = {
     record.name: record
     for record in [
@@ -147,6 +200,14 @@ _RECORDS: dict[str, OptimizerRecord] = {
             name="sgd_sai_layerwise",
             cls=SGDSaILayerwise,
             description="SGD-SaI that updates, and frees each gradient, inside the backward pass; one process",
+            layerwise=True,
+        ),
+        _SWAN,
+        dataclasses.replace(
+            _SWAN,
+            name="swan_layerwise",
+            cls=SWANLayerwise,
+            description="SWAN that updates, and frees each gradient, inside the backward pass; one process",
             layerwise=True,
         ),
     ]

@@ -1,0 +1,319 @@
+"""
+Which parameter SWAN whitens and which goes to Adam, decided by the module that owns it, never by its name.
+
+Source: arXiv 2412.13148: SWAN for the matrices inside the blocks, Adam for the embedding, the output head and all that
+is no matrix. The cases that a paper's model does not have (adapters, convolutions, experts) are decided here, each
+with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+LoraPolicy = Literal["both", "b_only", "adam"]
+LORA_POLICIES = ("both", "b_only", "adam")
+ADAM = "adam"
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Fused query, key and value: nn.MultiheadAttention's own, and the names that models give to such a linear layer.
+_FUSED_QKV = ("in_proj_weight", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How a tensor is read as matrices whose rows are output features.
+
+    Args:
+        batched (`bool`): All but the last two dimensions count matrices, as experts do. Otherwise all but the first
+            are the columns of one matrix, as a convolution's are.
+        transposed (`bool`): The matrix is stored `(in, out)`.
+        parts (`int`): Equal parts of the rows that are matrices of their own, as query, key and value are.
+    """
+
+    batched: bool = False
+    transposed: bool = False
+    parts: int = 1
+
+    @property
+    def route(self) -> str:
+        """As text, as parameter groups keep it; [`layout_of`] reads it."""
+        words = ["matrices" if self.batched else "matrix"]
+        words += ["transposed"] if self.transposed else []
+        words += [f"in {self.parts} parts"] if self.parts > 1 else []
+        return ", ".join(words)
+
+    def matrices(self, stack: Tensor) -> Tensor:
+        """Tensors `[k, *shape]` as matrices `[k * count, rows, columns]`; a view where it can be."""
+        found = stack.reshape(-1, *stack.shape[-2:]) if self.batched else stack.reshape(*stack.shape[:2], -1)
+        found = found.mT if self.transposed else found
+        return found.reshape(-1, found.shape[-2] // self.parts, found.shape[-1])
+
+    def tensors(self, matrices: Tensor, shape: torch.Size) -> Tensor:
+        """Undoes `matrices`: `[k, *shape]`."""
+        rows = matrices.shape[-2] * self.parts
+        whole = matrices.reshape(-1, rows, matrices.shape[-1])
+        return (whole.mT if self.transposed else whole).reshape(-1, *shape)
+
+
+@functools.cache
+def layout_of(route: str) -> Layout:
+    """
+    The layout of a route.
+
+    Args:
+        route (`str`): Such as `"matrix"`, `"matrix, transposed, in 3 parts"`, `"matrices"`.
+
+    Raises:
+        `ValueError`: It is none.
+    """
+    for batched in (False, True):
+        for transposed in (False, True):
+            layout = Layout(batched, transposed)
+            if route == layout.route:
+                return layout
+            rest = route.removeprefix(f"{layout.route}, in ").removesuffix(" parts")
+            if rest.isdigit() and dataclasses.replace(layout, parts=int(rest)).route == route:
+                return dataclasses.replace(layout, parts=int(rest))
+    raise ValueError(
+        f"a route must be 'adam', 'matrix' or 'matrices', with ', transposed' and ', in 3 parts' after it, but is "
+        f"{route!r}; hf_sai.param_groups(model, 'swan') makes them"
+    )
+
+
+@dataclass(frozen=True)
+class Route:
+    """
+    Where one parameter goes.
+
+    Args:
+        name (`str`): In the model.
+        param (`torch.Tensor`): The parameter.
+        route (`str`): `"adam"`, or how it is read as matrices.
+        reason (`str`): Why, in a few words.
+    """
+
+    name: str
+    param: Tensor
+    route: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A module that holds a parameter: under which name, and what of its surroundings matters."""
+
+    module: nn.Module
+    module_name: str
+    attribute: str
+    lora: str  # "a" or "b" inside an adapter's factor, "other" elsewhere in an adapter's own parameters, or ""
+    is_head: bool
+
+
+def route_parameters(
+    model: nn.Module,
+    targets: Callable[[str, nn.Module], bool] | None = None,
+    lora_policy: LoraPolicy = "b_only",
+    split_qkv: bool = False,
+) -> list[Route]:
+    """
+    Routes every trainable parameter of a model, each once, in the order of `named_parameters()`.
+
+    Args:
+        model (`torch.nn.Module`): Of any library. Embeddings and heads are asked of it (`get_input_embeddings()`,
+            `get_output_embeddings()`, what stands outside `base_model`); a tied head is an embedding.
+        targets (callable, *optional*): From a module's name and the module to whether its matrices may be whitened;
+            all others go to Adam. `None` means all may.
+        lora_policy (`str`, *optional*, defaults to `"b_only"`): Which factors of an adapter are whitened.
+        split_qkv (`bool`, *optional*, defaults to `False`): Whether a layer that makes query, key and value at once is
+            whitened as three matrices. Whole, its largest singular direction is shared by the three.
+
+    Raises:
+        `ValueError`: `lora_policy` is not known, or nothing is left to whiten.
+    """
+    if lora_policy not in LORA_POLICIES:
+        raise ValueError(f"lora_policy must be one of {', '.join(LORA_POLICIES)} but is {lora_policy!r}; choose one")
+    tables, heads = _embeddings_and_heads(model)
+    owners: dict[Tensor, list[_Owner]] = {}
+    for owner, param in _owners(model, heads):
+        owners.setdefault(param, []).append(owner)
+    routes = []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            route, reason = _route(param, owners[param], tables, targets, lora_policy, split_qkv)
+            routes.append(Route(name, param, route, reason))
+    if routes and all(route.route == ADAM for route in routes):
+        reasons = sorted({route.reason for route in routes})
+        raise ValueError(
+            f"SWAN needs at least one matrix, but all {len(routes)} trainable parameters go to Adam "
+            f"({'; '.join(reasons)}); widen target_modules or lora_policy, or choose another optimizer"
+        )
+    return routes
+
+
+def route_by_shape(shape: torch.Size) -> tuple[str, str]:
+    """Route and reason of a tensor whose module is not known: what has two dimensions or more is a matrix."""
+    if _is_line(shape):
+        return ADAM, "not a matrix"
+    return Layout().route, "by shape: the module is not known"
+
+
+def summary(routes: list[tuple[str, str, int]]) -> str:
+    """
+    One line for a log, such as `"84 tensors (9.5 M elements) whitened, 30 to Adam: 1 embedding, 29 not a matrix"`.
+
+    Args:
+        routes (list of `(route, reason, numel)`): Of every parameter.
+    """
+    whitened = [numel for route, _, numel in routes if route != ADAM]
+    reasons: dict[str, int] = {}
+    for route, reason, _ in routes:
+        if route == ADAM:
+            reasons[reason] = reasons.get(reason, 0) + 1
+    parts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    to_adam = len(routes) - len(whitened)
+    return (
+        f"{len(whitened)} tensors ({sum(whitened) / 1e6:.3g} M elements) whitened, {to_adam} to Adam"
+        + f": {parts}" * bool(parts)
+    )
+
+
+def _is_line(shape: torch.Size) -> bool:
+    """Whether it has fewer than two rows or columns."""
+    return len(shape) < 2 or shape[0] < 2 or shape[1:].numel() < 2
+
+
+def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]]:
+    """The tables of all embeddings, by identity, and the modules that are an output head or stand in one."""
+    tables: set[Tensor] = set()
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, _EMBEDDINGS):
+            tables.add(module.weight)
+        table = getattr(_ask(module, "get_input_embeddings"), "weight", None)
+        if isinstance(table, Tensor):
+            tables.add(table)
+        head = _ask(module, "get_output_embeddings")
+        heads.update(head.modules() if head is not None else ())
+        # What a model has beside its backbone is a head. Asked of the class: PEFT's wrappers hand attributes through.
+        backbone = dict(module.named_children()).get(getattr(type(module), "base_model_prefix", ""))
+        for child in module.children() if backbone is not None else ():
+            if child is not backbone:
+                heads.update(child.modules())
+    return tables, heads
+
+
+def _ask(module: nn.Module, method: str) -> nn.Module | None:
+    """What a model says of itself; many that have the method raise where they have no such layer."""
+    if not callable(getattr(type(module), method, None)):
+        return None
+    try:
+        found = getattr(module, method)()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _owners(model: nn.Module, heads: set[nn.Module]) -> Iterator[tuple[_Owner, Tensor]]:
+    """Every place where a parameter is held, shared ones as often as they are."""
+    adapters: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
+            for attribute, child in vars(module)["_modules"].items():
+                if attribute.startswith("lora_") and child is not None:
+                    factor = {"lora_A": "a", "lora_B": "b"}.get(attribute, "other")
+                    adapters.update(dict.fromkeys(child.modules(), factor))
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for attribute, param in vars(module)["_parameters"].items():
+            if param is not None:
+                # An adapter's factors inside a head are the adapter's, not the head's.
+                lora = adapters.get(module, "")
+                yield _Owner(module, module_name, attribute, lora, module in heads and not lora), param
+
+
+def _route(
+    param: Tensor,
+    owners: list[_Owner],
+    tables: set[Tensor],
+    targets: Callable[[str, nn.Module], bool] | None,
+    lora_policy: str,
+    split_qkv: bool,
+) -> tuple[str, str]:
+    """Route and reason of one parameter; the first rule that fits."""
+    owner = owners[0]
+    if param in tables:
+        return ADAM, "embedding" if len(owners) == 1 else "embedding, tied"
+    if any(each.is_head for each in owners):
+        return ADAM, "output head"
+    if owner.lora == "other":
+        return ADAM, "adapter's embedding or magnitude"
+    if owner.lora and (lora_policy == "adam" or (lora_policy == "b_only" and owner.lora == "a")):
+        return ADAM, f"LoRA {owner.lora.upper()}, by lora_policy={lora_policy}"
+    layout, reason = _layout(param, owner, split_qkv)
+    if layout is None:
+        return ADAM, reason
+    if targets is not None and not any(targets(each.module_name, each.module) for each in owners):
+        return ADAM, "not in target_modules"
+    return layout.route, reason
+
+
+def _layout(param: Tensor, owner: _Owner, split_qkv: bool) -> tuple[Layout | None, str]:
+    """How a parameter is read as matrices, or `None`, and why."""
+    module, shape = owner.module, param.shape
+    experts = getattr(module, "num_experts", None)
+    if len(shape) == 3 and isinstance(experts, int) and shape[0] == experts and min(shape[1:]) > 1:
+        return Layout(batched=True, transposed=bool(getattr(module, "is_transposed", False))), "experts"
+    if _is_line(shape):
+        return None, "not a matrix"
+    if isinstance(module, _CONVOLUTIONS):
+        return Layout(), "convolution, flattened"
+    if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
+        return Layout(), "transposed convolution, flattened; rows are inputs"
+    if len(shape) > 2:
+        return None, f"{len(shape)} dimensions and no known module"
+    transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers', stored (in, out)
+    name = owner.attribute if owner.attribute != "weight" else owner.module_name.rpartition(".")[2]
+    rows = shape[1] if transposed else shape[0]
+    if name in _FUSED_QKV and split_qkv and rows % 3 == 0:
+        return Layout(transposed=transposed, parts=3), "query, key and value, split"
+    if owner.lora:
+        return Layout(transposed=transposed), f"LoRA {owner.lora.upper()}"
+    known = isinstance(module, nn.Linear) or transposed
+    return Layout(transposed=transposed), "linear layer" if known else "matrix of another module"
+
+
+def routes_of_group(group: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """
+    Routes and reasons of a group that was made by hand.
+
+    Args:
+        group (`dict`): With `"params"` and `"kind"`: `"swan"` takes every tensor for a matrix, `"adam"` none, and
+            `"auto"` those with two dimensions or more.
+
+    Raises:
+        `ValueError`: A group of kind `"swan"` holds a tensor that is no matrix.
+    """
+    if group["kind"] == "adam":
+        return [ADAM] * len(group["params"]), ["kind='adam'"] * len(group["params"])
+    found = [route_by_shape(param.shape) for param in group["params"]]
+    if group["kind"] == "swan":
+        for index, (route, _) in enumerate(found):
+            if route == ADAM:
+                shape = tuple(group["params"][index].shape)
+                raise ValueError(
+                    f"a group of kind='swan' must hold matrices but its tensor {index} has shape {shape}; put it into "
+                    "a group of kind='adam'. A flattened shard (FSDP1, DeepSpeed) has lost its rows and can't be "
+                    "whitened"
+                )
+        return [route for route, _ in found], ["kind='swan'"] * len(found)
+    return [route for route, _ in found], [reason for _, reason in found]
