@@ -23,6 +23,7 @@ FLOORS = {
     "hf_sai.callback": 4,
     "hf_sai.trainer": 4,
     "hf_sai.cli": 5,
+    "hf_sai.run": 6,
 }
 
 

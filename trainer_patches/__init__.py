@@ -3,6 +3,8 @@ The seams of the hosts, and nothing of ours: every function here takes names and
 
 - [`optim_names`]: adds a name to `TrainingArguments(optim=...)` with the handler that builds its optimizer.
 - [`training_args_file`]: a `training_args.bin` that holds no token and loads where the added names are unknown.
+- [`script_optimizer`]: another optimizer for a script that builds `torch.optim.AdamW` itself; needs torch, so it is
+  not imported here.
 - [`compat`]: every private name of a host that is used, with since and remove-when.
 """
 

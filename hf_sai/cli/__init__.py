@@ -1,19 +1,37 @@
-"""The command line: `hf-sai list`, `hf-sai report`."""
+"""The command line: `hf-sai run`, `hf-sai list`, `hf-sai report`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .run import HELP, ScriptRequest, launch
+from .run import run as _run
 
-app = typer.Typer(
-    help="SGD-SaI for the Hugging Face trainers.",
+
+class _App(typer.Typer):
+    """Runs a script when the command line is done with its options, and gone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ScriptRequest as request:
+            script = request.script
+        return launch(script)
+
+
+app = _App(
+    help="SGD-SaI and SWAN for the Hugging Face trainers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+# Options end at the script's path: what comes after is not looked at.
+app.command(name="run", help=HELP, context_settings={"allow_interspersed_args": False})(_run)
 
 
 @app.command(name="list")
