@@ -306,6 +306,12 @@ class Replacement:
     def _on_build(self, optimizer: Optimizer, unused: list[str]) -> None:
         self.built += 1
         name = self.record.name
+        routes = {route for group in optimizer.param_groups for route in group.get("routes", ())}
+        if routes == {ADAM}:
+            raise OptionError(
+                f"{name} needs at least one matrix, but all tensors of the script's optimizer go to Adam; leave out "
+                "hf-sai's --optim for this script, or choose another optimizer"
+            )
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         decays = [group["weight_decay"] for group in optimizer.param_groups]
         logger.info("%s in the place of torch.optim.AdamW: lr %s, weight_decay %s", name, rates, decays)
@@ -324,27 +330,19 @@ class Replacement:
     def _with_routes(self, groups: list[Group]) -> list[Group]:
         """
         The groups with each parameter's route and reason, from the modules that are found to hold it.
-
-        Raises:
-            `ValueError`: Nothing is left for SWAN to whiten.
         """
         plain = [[item[1] if isinstance(item, tuple) else item for item in group["params"]] for group in groups]
         params = [param for group in plain for param in group]
         known: dict[torch.Tensor, tuple[str, str]] = {}
         roots = root_modules(params)
-        if roots:  # in one list, so that a model of which only the embeddings are trained is no error beside another
-            rows = route_parameters(torch.nn.ModuleList(roots), **self.routing)
+        if roots:  # with a matrix beside them: whether there is one is asked of the whole optimizer, when it is built
+            rows = route_parameters(torch.nn.ModuleList([*roots, torch.nn.Linear(2, 2)]), **self.routing)
             known = {row.param: (row.route, row.reason) for row in rows}
         lost = sum(param not in known and param.requires_grad for param in params)
         if lost:
             logger.warning("%s: the modules of %d tensors were not found; routed by shape.", self.record.name, lost)
         found = [[known.get(param) or route_by_shape(param.shape) for param in group] for group in plain]
         all_rows = [row for group in found for row in group]
-        if params and all(route == ADAM for route, _ in all_rows):
-            raise OptionError(
-                f"{self.record.name} needs at least one matrix, but all {len(params)} tensors of the script's "
-                "optimizer go to Adam; choose another optimizer"
-            )
         logger.info(
             "%s: %s",
             self.record.name,
