@@ -16,22 +16,21 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .integration import assert_optimizer, name_parameters, unwrap_optimizer
-from .optim.registry import list_records
+from .optim.registry import list_records, record_of
 from .report import REPORT_JSON, REPORT_PNG, GSNRReport, ReportError
 
 
 logger = logging.getLogger(__name__)
 
-LOG_PREFIX = "gsnr"
-
 
 class GSNRCallback(TrainerCallback):
     """
-    Builds the g-SNR report of a run and writes it where it is needed.
+    Builds the report of a run and writes it where it is needed.
 
-    After every step that measured something, `gsnr_report.json` is written to `output_dir` and a few scalars are
-    logged (`gsnr/measured`, `gsnr/scale_max`, ...). The picture follows after the first measuring step, with every
-    checkpoint, and at the end of training. Nothing is written where the optimizer is not one of ours.
+    After every step that measured something (with SWAN, after the first) `gsnr_report.json` is written to `output_dir`
+    and a few scalars are logged (`gsnr/measured`, `gsnr/scale_max`, ...; `swan/whitened`, ...). The picture of g-SNR
+    follows after the first measuring step, with every checkpoint, and at the end of training. Nothing is written where
+    the optimizer is not one of ours.
 
     Where a Trainer subclass is possible, [`SaITrainer`] does more: the report is then in a checkpoint before the
     checkpoint is pushed, and in the model card.
@@ -63,7 +62,7 @@ class GSNRCallback(TrainerCallback):
             warn_if_learning_rate_is_adams(args)
         self.report = self._drawn = None
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        if not hasattr(live, "gsnr_statistics"):
+        if record_of(live) is None:
             if state.is_world_process_zero:
                 _put_aside_reports(Path(args.output_dir))
             return
@@ -79,11 +78,12 @@ class GSNRCallback(TrainerCallback):
     ) -> None:
         """Reads the statistics, and writes and logs where something was measured."""
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        if not hasattr(live, "gsnr_statistics") or not _has_news(live, self.report):
+        if record_of(live) is None or not _has_news(live, self.report):
             return
         self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live))
         self._write_report(args, state)
-        self._log(state, {f"{LOG_PREFIX}/{key}": value for key, value in self.report.summary().items()})
+        prefix = "swan" if self.report.routes else "gsnr"
+        self._log(state, {f"{prefix}/{key}": value for key, value in self.report.summary().items()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the report into the checkpoint."""
@@ -159,7 +159,7 @@ def _run_of(output_dir: str, report: GSNRReport) -> dict[str, Any]:
         before = GSNRReport.load(output_dir)
     except (OSError, ReportError):
         return report.run
-    measured = [[(row.name, row.gsnr, row.step) for row in each.tensors] for each in (before, report)]
+    measured = [[(row.name, row.gsnr, row.step) for row in each.tensors] + each.routes for each in (before, report)]
     return before.run if measured[0] == measured[1] and "measurements" in before.run else report.run
 
 
@@ -169,6 +169,8 @@ def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
     if args.learning_rate != fields.get("learning_rate"):
         return
     record = next(record for record in list_records() if record.name == optim_name(args))
+    if record.routed:  # its learning rates are AdamW's
+        return
     logger.warning(
         "learning_rate is %g, the default of %s, which is made for Adam; %s needs another: %s.",
         args.learning_rate,
@@ -190,7 +192,9 @@ def _has_news(optimizer: Any, report: GSNRReport | None) -> bool:
 
 
 def _measurements(optimizer: Any) -> int:
-    """Gradients that were measured, and tensors with a given scale that have begun to move."""
+    """Gradients that were measured, and tensors with a given scale that began to move; of SWAN all with a state."""
+    if not hasattr(optimizer, "gsnr_statistics"):
+        return len(optimizer.state)
     states = optimizer.state.values()
     return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
 

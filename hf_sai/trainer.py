@@ -12,12 +12,12 @@ import trainer_patches
 from .callback import GSNRCallback, optim_name
 from .hub.card import update_card
 from .integration import assert_optimizer, decay_rule, name_parameters, unwrap_optimizer
-from .optim.registry import get_record, list_records, parse_options
+from .optim.registry import get_record, list_records, parse_options, record_of
 
 
 class SaITrainerMixin:
     """
-    What `optim="sgd_sai"` needs around any `transformers.Trainer` subclass; put it before that class.
+    What `optim="sgd_sai"` and `optim="swan"` need around any `transformers.Trainer` subclass; put it before that.
 
     - Options are read when the trainer is built, not when training starts.
     - The optimizer that was made is checked to be the one that was asked for.
@@ -73,7 +73,7 @@ class SaITrainerMixin:
         if self._asked_for is not None:
             assert_optimizer(self.optimizer, self._asked_for)
         live = unwrap_optimizer(self.optimizer)
-        if hasattr(live, "gsnr_statistics"):
+        if record_of(live) is not None:
             name_parameters(live, self.model if model is None else model)
         return optimizer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from hf_sai import GSNRReport, SGDSaI
+from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
 from hf_sai.hub.card import BEGIN, END, card_facts, format_bytes, insert_section, render_section, update_card
 
 
@@ -49,6 +49,22 @@ def test_whole_card_equals_the_fixture(report, tmp_path):
     path.write_text(HOST_CARD)
     update_card(path, report)
     assert path.read_text() == (FIXTURES / "transformers_sgd_sai.md").read_text()
+
+
+def test_whole_card_of_swan_equals_the_fixture(tmp_path):
+    model = torch.nn.ModuleDict(
+        {"table": torch.nn.Embedding(4, 3), "layers": torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(2)])}
+    )
+    optimizer = SWAN(param_groups(model, "swan", weight_decay=0.1), lr=0.002)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    report = GSNRReport.from_optimizer(optimizer, {"effective_batch_size": 8})
+    report.versions.update(hf_sai="0.0.0")
+    path = tmp_path / "README.md"
+    path.write_text(HOST_CARD)
+    update_card(path, report)
+    assert path.read_text() == (FIXTURES / "transformers_swan.md").read_text()
 
 
 def test_a_second_update_changes_nothing(report, tmp_path):

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from helpers import tiny_llama
 
-from hf_sai import GSNRReport, SGDSaI
+from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
 from hf_sai.report import ReportError, optimizer_state_bytes
 from hf_sai.report.report import split_name
 
@@ -132,7 +133,7 @@ def test_what_is_no_report(text):
 
 
 def test_other_optimizers_have_no_report():
-    with pytest.raises(TypeError, match="needs an optimizer that measures g-SNR but got SGD"):
+    with pytest.raises(TypeError, match="needs an optimizer of hf_sai but got SGD"):
         GSNRReport.from_optimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
 
 
@@ -190,3 +191,47 @@ def test_picture_of_nothing_measured_yet():
     assert png[:4] == b"\x89PNG"
     assert "1 pending" in figure.get_suptitle()
     assert [bool(cell.get_hatch()) for cell in cells] == [True]
+
+
+# ---- SWAN ----
+
+
+@pytest.fixture
+def swan_report():
+    model = tiny_llama()
+    optimizer = SWAN(param_groups(model, "swan", weight_decay=0.1), lr=0.002)
+    model(input_ids=torch.arange(12).view(1, 12), labels=torch.arange(12).view(1, 12)).loss.backward()
+    optimizer.step()
+    return GSNRReport.from_optimizer(optimizer, {"seed": 1})
+
+
+def test_swans_report_holds_every_route_with_its_reason(swan_report):
+    assert swan_report.optimizer == "swan"
+    assert swan_report.tensors == []
+    rows = {row.name: row for row in swan_report.routes}
+    assert len(rows) == 21
+    row = rows["model.layers.1.mlp.up_proj.weight"]
+    assert (row.kind, row.layer, row.shape, row.route, row.reason) == (
+        "mlp.up_proj", 1, (24, 16), "matrix", "linear layer"
+    )  # fmt: skip
+    assert (rows["lm_head.weight"].route, rows["lm_head.weight"].reason) == ("adam", "output head")
+    adams = sum(row.numel for row in rows.values() if row.route == "adam")
+    assert swan_report.state_bytes == 8 * adams + 4 * 7  # two moments, and seven steps
+    assert swan_report.adamw_state_bytes == 8 * sum(row.numel for row in rows.values())
+    assert swan_report.options["betas"] == [0.9, 0.999]
+    assert swan_report.summary()["whitened"] == 14.0
+
+
+def test_swans_report_survives_as_json_and_draws_nothing(swan_report, tmp_path):
+    assert GSNRReport.load(swan_report.save(tmp_path)) == swan_report
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gsnr_report.json"]
+    broken = swan_report.to_json().replace('"route": "matrix"', '"route": 5', 1)
+    with pytest.raises(ReportError, match=r"routes\[\d+\]\.route of a g-SNR report must be str but is 5"):
+        GSNRReport.from_json(broken)
+
+
+def test_swans_text_fits_a_terminal(swan_report):
+    lines = swan_report.to_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("self_attn.q_proj") and line.endswith("matrix: linear layer") for line in lines)
+    assert "21 tensors: 14 whitened" in "\n".join(lines)

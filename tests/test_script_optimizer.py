@@ -211,6 +211,13 @@ def test_a_wrong_choice_is_an_error_before_the_script_starts(name, options, mess
         Replacement.of(name, options, [])
 
 
+@pytest.mark.parametrize("mode", ["deepspeed", "fsdp"])
+def test_a_launcher_that_splits_tensors_is_an_error_before_the_script_starts(monkeypatch, mode):
+    monkeypatch.setenv(f"ACCELERATE_USE_{mode.upper()}", "true")
+    with pytest.raises(OptionError, match=f"launch without {mode}"):
+        Replacement.of("sgd_sai", None, [])
+
+
 def test_swan_with_nothing_to_whiten_is_an_error():
     encoder = nn.Embedding(4, 3)
     with Replacement.of("swan", None, []).installed(), pytest.raises(ValueError, match="at least one matrix"):

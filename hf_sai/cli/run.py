@@ -13,7 +13,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -133,11 +133,15 @@ def launch(script: Script) -> None:
 
 
 def _execute(script: Script) -> None:
+    """
+    Not by `runpy` where it is one file: that takes `__main__` away when the file has run, before threads that go on
+    and functions that are registered with `atexit` look for it. It gives `sys.argv[0]` and `__file__` of a script the
+    same text, where Python leaves the one as typed and makes the other absolute.
+    """
     sys.argv[:] = [script.target, *script.arguments]
     if script.is_module:
         _set_path(os.getcwd())
-        _find_module(script.target)
-        runpy.run_module(script.target, run_name="__main__", alter_sys=True)
+        _execute_module(script.target)
     elif pkgutil.get_importer(script.target) is not None:  # a folder or an archive with a __main__.py
         _set_path(script.target)
         runpy.run_path(script.target, run_name="__main__")
@@ -152,34 +156,47 @@ def _set_path(folder: str) -> None:
         sys.path[0] = folder
 
 
-def _find_module(name: str) -> None:
+def _execute_module(name: str) -> None:
     """Ends as `python -m` does where there is no such module."""
+    spec = code = None
     try:
         spec = importlib.util.find_spec(name)
         reason = f"No module named {name}"
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
             reason = f"No module named {name}.__main__; {name!r} is a package and cannot be directly executed"
+        if spec is not None:
+            code = getattr(spec.loader, "get_code", lambda of: None)(spec.name)
+            reason = f"No code object available for {name}"
     except (ImportError, ValueError) as error:
-        spec, reason = None, f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
-    if spec is None:
+        reason = f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
+    if spec is None or code is None:
         _exit(f"{sys.executable}: {reason}", 1)
+    sys.argv[0] = str(spec.origin)
+    _execute_code(
+        code,
+        __file__=spec.origin,
+        __cached__=spec.cached,
+        __loader__=spec.loader,
+        __package__=spec.parent,
+        __spec__=spec,
+    )
 
 
 def _execute_file(path: str) -> None:
-    """
-    Not by `runpy.run_path`: that one sets `sys.argv[0]` and `__file__` to the same text (Python: as typed, and the
-    absolute path), and takes `__main__` away before functions that are registered with `atexit` look for it.
-    """
     try:
         with io.open_code(path) as file:
             source = file.read()
     except OSError as error:
         _exit(f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2)
+    _execute_code(compile(source, path, "exec", dont_inherit=True), __file__=path)
+
+
+def _execute_code(code: CodeType, **fields: Any) -> None:
     main = ModuleType("__main__")
-    main.__file__ = path
+    vars(main).update(fields)
     sys.modules["__main__"] = main
-    exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
+    exec(code, vars(main))
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -237,6 +254,12 @@ class Replacement:
                 f"{name} updates inside the backward pass and allows no clipping, which can't be seen in a script "
                 f"that builds its own optimizer; use --optim {name.removesuffix('_layerwise')}"
             )
+        for mode in ("deepspeed", "fsdp"):
+            if os.environ.get(f"ACCELERATE_USE_{mode.upper()}", "false").lower() in ("1", "true", "yes"):
+                raise OptionError(
+                    f"{name} needs whole tensors, but the launcher has set {mode}, which splits them over the ranks; "
+                    f"launch without {mode} (DDP works), or leave out hf-sai's --optim"
+                )
         options = parse_options(record, parse_optim_args(optim_args))
         if "gsnr" in options:
             raise OptionError(
@@ -328,9 +351,7 @@ class Replacement:
             logger.warning(text, *values)
 
     def _with_routes(self, groups: list[Group]) -> list[Group]:
-        """
-        The groups with each parameter's route and reason, from the modules that are found to hold it.
-        """
+        """The groups with each parameter's route and reason, from the modules that are found to hold it."""
         plain = [[item[1] if isinstance(item, tuple) else item for item in group["params"]] for group in groups]
         params = [param for group in plain for param in group]
         known: dict[torch.Tensor, tuple[str, str]] = {}
@@ -343,11 +364,8 @@ class Replacement:
             logger.warning("%s: the modules of %d tensors were not found; routed by shape.", self.record.name, lost)
         found = [[known.get(param) or route_by_shape(param.shape) for param in group] for group in plain]
         all_rows = [row for group in found for row in group]
-        logger.info(
-            "%s: %s",
-            self.record.name,
-            summary([(*row, param.numel()) for row, param in zip(all_rows, params, strict=True)]),
-        )
+        counted = [(*row, param.numel()) for row, param in zip(all_rows, params, strict=True)]
+        logger.info("%s: %s", self.record.name, summary(counted))
         return [
             {**group, "routes": [route for route, _ in rows], "reasons": [reason for _, reason in rows]}
             for group, rows in zip(groups, found, strict=True)

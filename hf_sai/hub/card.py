@@ -31,6 +31,8 @@ class CardFacts:
         version (`str`): Of hf_sai.
         options (`list[tuple[str, str]]`): Every option that ran, with the learning rate and the batch.
         kinds (`list[dict]`): [`GSNRReport.by_kind`].
+        routes (`list[dict]`): [`GSNRReport.by_route`].
+        template (`str`): Name of the template's file.
         state_size (`str`): Of the optimizer's state, such as `"1.5 MB"`.
         adamw_size (`str`): Of AdamW's for the same tensors.
         ratio_sentence (`str`): How g-SNR compares with the size of the tensors.
@@ -40,6 +42,8 @@ class CardFacts:
     version: str
     options: list[tuple[str, str]]
     kinds: list[dict[str, Any]]
+    routes: list[dict[str, Any]]
+    template: str
     state_size: str
     adamw_size: str
     ratio_sentence: str
@@ -49,11 +53,10 @@ class CardFacts:
 def card_facts(report: GSNRReport) -> CardFacts:
     """The facts of a report."""
     options = [("learning rate (peak)", f"{report.learning_rate:g}"), ("weight decay", f"{report.weight_decay:g}")]
-    options += [
-        (name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in report.options.items()
-    ]
+    options += [(name, _shown(value)) for name, value in report.options.items()]
     if "effective_batch_size" in report.run:
-        options.append(("effective batch size at the measurement", str(report.run["effective_batch_size"])))
+        title = "effective batch size" if report.routes else "effective batch size at the measurement"
+        options.append((title, str(report.run["effective_batch_size"])))
     ratios = [row.gsnr_over_sqrt_numel for row in report.tensors if row.status != "pending"]
     between = f"between {min(ratios):.3g} and {max(ratios):.3g}" if ratios else "not known yet"
     counts = {status: len(report.by_status(status)) for status in ("fallback", "pending")}
@@ -65,6 +68,8 @@ def card_facts(report: GSNRReport) -> CardFacts:
         version=report.versions.get("hf_sai", ""),
         options=options,
         kinds=report.by_kind(),
+        routes=report.by_route(),
+        template="swan.md.jinja" if report.routes else "sgd_sai.md.jinja",
         state_size=format_bytes(report.state_bytes),
         adamw_size=format_bytes(report.adamw_state_bytes),
         ratio_sentence=f"mostly the size of the tensor: divided by sqrt(numel) it is {between} here.",
@@ -77,7 +82,7 @@ def render_section(facts: CardFacts) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("model_cards", "."), undefined=jinja2.StrictUndefined, trim_blocks=False
     )
-    return environment.get_template("sgd_sai.md.jinja").render(**dataclasses.asdict(facts))
+    return environment.get_template(facts.template).render(**dataclasses.asdict(facts))
 
 
 def insert_section(text: str, section: str) -> str:
@@ -119,6 +124,12 @@ def update_card(path: Path, report: GSNRReport) -> None:
     if kept != models:
         card.data.base_model = kept or None
     card.save(path)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
 def format_bytes(count: int) -> str:

@@ -68,8 +68,8 @@ class SWAN(Optimizer):
     DTensors (FSDP2) are whitened whole: each batch is exchanged so that every rank whitens its share of the matrices.
 
     A group holds, besides the options, `kind` (`"swan"`, `"adam"` or `"auto"`) and for each of its parameters `routes`
-    and `reasons`. State per tensor, for Adam's only: `step`, `exp_avg`, `exp_avg_sq`; with `momentum`
-    `momentum_buffer` for the matrices.
+    and `reasons`. State per tensor: for Adam's `step`, `exp_avg`, `exp_avg_sq`; for a matrix `step`, a plain number,
+    and with `momentum` a `momentum_buffer`.
 
     Args:
         params (iterable of `torch.Tensor`, of `("name", tensor)` pairs, or of group `dict`s):
@@ -265,9 +265,11 @@ class SWAN(Optimizer):
         batches: dict[Any, list[_Matrix]] = {}
         rest: dict[int, AdamBatch] = {}
         for group_index, index, param in places:
+            group = self.param_groups[group_index]
+            if param.requires_grad or param.grad is not None:
+                self._make_state(param, group["routes"][index] == ADAM)
             if param.grad is None:
                 continue
-            group = self.param_groups[group_index]
             name = parameter_name(group, group_index, index)
             check_gradient(param, name, type(self).__name__)
             if group["routes"][index] == ADAM:
@@ -281,10 +283,17 @@ class SWAN(Optimizer):
         for group_index, adam_batch in rest.items():
             _adam(self.param_groups[group_index], adam_batch)
 
+    def _make_state(self, param: Tensor, for_adam: bool) -> None:
+        """
+        Where there is none yet. A matrix keeps no tensor, but a count: torch.distributed.checkpoint does not load a
+        parameter without any state.
+        """
+        state = self.state[param]
+        if not state:
+            state.update(new_adam_state(param) if for_adam else {"step": 0})
+
     def _collect_for_adam(self, batch: AdamBatch, param: Tensor) -> None:
         state = self.state[param]
-        if "exp_avg" not in state:
-            state.update(new_adam_state(param))
         moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
         batch.append(local(param), local(gradient_of(param)), *moments, state["step"])
 
@@ -309,6 +318,7 @@ class SWAN(Optimizer):
         for index, matrix in enumerate(batch):
             kept = None if finite is None else finite[index]
             _move(matrix, updates[index], kept)
+            self.state[matrix.param]["step"] += 1
 
     def _running_means(self, batch: list[_Matrix], grads: Tensor, finite: Tensor | None) -> Tensor:
         """The momentum buffers after these gradients, stacked; one whose gradient is not finite stays as it is."""

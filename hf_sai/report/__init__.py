@@ -1,6 +1,6 @@
-"""The g-SNR report: what was measured, as data (`gsnr_report.json`) and as a picture (`gsnr_report.png`)."""
+"""The report of a run: what was measured or routed, as data (`gsnr_report.json`) and as a picture."""
 
-from .report import REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, TensorRow, optimizer_state_bytes
+from .report import REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, RouteRow, TensorRow, optimizer_state_bytes
 
 
-__all__ = ["REPORT_JSON", "REPORT_PNG", "GSNRReport", "ReportError", "TensorRow", "optimizer_state_bytes"]
+__all__ = ["REPORT_JSON", "REPORT_PNG", "GSNRReport", "ReportError", "RouteRow", "TensorRow", "optimizer_state_bytes"]

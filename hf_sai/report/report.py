@@ -1,4 +1,4 @@
-"""The g-SNR report as data: one row per tensor, the options that ran, and a JSON file with a schema number."""
+"""The report of a run as data: one row per tensor, the options that ran, and a JSON file with a schema number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from ..optim.registry import OptimizerRecord, record_of
+from ..optim.routing import ADAM, Route
 
 
 SCHEMA = 1
@@ -65,9 +67,33 @@ class TensorRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouteRow:
+    """
+    Where SWAN took one tensor.
+
+    Args:
+        name (`str`): The parameter's name in the model.
+        kind (`str`): As in [`TensorRow`].
+        layer (`int` or `None`): As in [`TensorRow`].
+        shape (`tuple[int, ...]`): Shape.
+        numel (`int`): Number of elements.
+        route (`str`): `"adam"`, or how it was read as matrices and whitened: `"matrix"`, `"matrix, transposed"`, ...
+        reason (`str`): Why.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    numel: int
+    route: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class GSNRReport:
     """
-    What SGD-SaI measured in a run. Holds no path, no command line, no environment variable.
+    What SGD-SaI measured in a run, or how SWAN routed it. Holds no path, no command line, no environment variable.
 
     Args:
         optimizer (`str`): Registered name, such as `"sgd_sai"`.
@@ -75,7 +101,8 @@ class GSNRReport:
         learning_rate (`float`): Peak learning rate, the largest of the groups.
         weight_decay (`float`): The largest of the groups.
         gsnr_max (`float`): Largest g-SNR of the model, as fixed by the first measuring step; 0.0 before.
-        tensors (`list[TensorRow]`): One row per trained tensor.
+        tensors (`list[TensorRow]`): One row per trained tensor; none for SWAN.
+        routes (`list[RouteRow]`): One row per trained tensor; none for SGD-SaI.
         state_bytes (`int`): Bytes that the optimizer keeps for its tensors.
         adamw_state_bytes (`int`): Bytes that AdamW would keep: two numbers per element in the parameter's dtype.
         run (`dict`): Facts of the run, such as `effective_batch_size` and `world_size`, where they are known.
@@ -88,6 +115,7 @@ class GSNRReport:
     weight_decay: float
     gsnr_max: float
     tensors: list[TensorRow]
+    routes: list[RouteRow]
     state_bytes: int
     adamw_state_bytes: int
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -99,22 +127,25 @@ class GSNRReport:
         Reads a live optimizer; nothing is measured and no device memory is read.
 
         Args:
-            optimizer (`SGDSaI`): The optimizer itself, without a wrapper.
+            optimizer (`SGDSaI` or `SWAN`): The optimizer itself, without a wrapper.
             run (`dict`, *optional*): Facts of the run, plain values.
 
         Raises:
-            `TypeError`: It is not an optimizer that measures g-SNR.
+            `TypeError`: It is neither.
         """
         record = _record_of(optimizer)
         groups = optimizer.param_groups
         peak = [float(group.get("initial_lr", group["lr"])) for group in groups]
         return cls(
             optimizer=record.name,
-            options={option.name: groups[0][option.name] for option in record.options if option.name in groups[0]},
+            options={
+                option.name: _plain(groups[0][option.name]) for option in record.options if option.name in groups[0]
+            },
             learning_rate=max(peak),
             weight_decay=max(group["weight_decay"] for group in groups),
-            gsnr_max=groups[0]["gsnr_max"],
-            tensors=[_row(statistics, peak[statistics.group]) for statistics in optimizer.gsnr_statistics()],
+            gsnr_max=groups[0].get("gsnr_max", 0.0),
+            tensors=[] if record.routed else [_row(each, peak[each.group]) for each in optimizer.gsnr_statistics()],
+            routes=[_route_row(each) for each in optimizer.routes()] if record.routed else [],
             state_bytes=optimizer_state_bytes(optimizer),
             adamw_state_bytes=_adamw_state_bytes(groups),
             run=dict(run or {}),
@@ -127,8 +158,18 @@ class GSNRReport:
 
     def summary(self) -> dict[str, float]:
         """
-        A few numbers for a log: tensors by status, minimum, median and maximum of scale, maximum of the ratio.
+        A few numbers for a log: tensors by status, minimum, median and maximum of scale, maximum of the ratio; of SWAN
+        how many tensors and elements are whitened and how many go to Adam; and the bytes of the optimizer's state.
         """
+        if self.routes:
+            adam = [row.numel for row in self.routes if row.route == ADAM]
+            elements = sum(row.numel for row in self.routes)
+            return {
+                "whitened": float(len(self.routes) - len(adam)),
+                "adam": float(len(adam)),
+                "whitened_share": 1.0 - sum(adam) / elements if elements else 0.0,
+                "state_bytes": float(self.state_bytes),
+            }
         counts = {f"{status}": float(len(self.by_status(status))) for status in STATUSES}
         settled = [row for row in self.tensors if row.status != "pending"]
         if not settled:
@@ -140,6 +181,7 @@ class GSNRReport:
             "scale_median": _median(scales),
             "scale_max": max(scales),
             "ratio_max": max(row.gsnr_over_sqrt_numel for row in settled),
+            "state_bytes": float(self.state_bytes),
         }
 
     def by_kind(self) -> list[dict[str, Any]]:
@@ -152,20 +194,50 @@ class GSNRReport:
             kinds.setdefault(row.kind, []).append(row)
         return [_kind_entry(kind, rows) for kind, rows in kinds.items()]
 
+    def by_route(self) -> list[dict[str, Any]]:
+        """One entry per kind of tensor, route and reason: number, shape and elements."""
+        kinds: dict[tuple[str, str, str], list[RouteRow]] = {}
+        for row in self.routes:
+            kinds.setdefault((row.kind, row.route, row.reason), []).append(row)
+        return [
+            {
+                "kind": kind,
+                "route": route,
+                "reason": reason,
+                "tensors": len(rows),
+                "shape": _shape_of(rows),
+                "numel": sum(row.numel for row in rows),
+            }
+            for (kind, route, reason), rows in kinds.items()
+        ]
+
     def to_text(self) -> str:
         """A plain table by kind of tensor, for a terminal of 80 columns."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        lines = textwrap.wrap(
+            f"{self.optimizer}  lr={self.learning_rate:g}, weight_decay={self.weight_decay:g}, {options}", 80
+        )
+        state = f"state {self.state_bytes:,} bytes (AdamW: {self.adamw_state_bytes:,})"
+        if self.routes:
+            counts = self.summary()
+            whitened = f"{counts['whitened']:.0f} whitened ({counts['whitened_share']:.1%} of the elements)"
+            lines += [f"{len(self.routes)} tensors: {whitened}, {counts['adam']:.0f} to Adam", state, ""]
+            lines.append(f"{'tensors':<32.32} {'no.':>4} {'shape':>12}  {'route':<28}")
+            for entry in self.by_route():
+                route = f"{entry['route']}: {entry['reason']}"
+                kind = _cut(entry["kind"], 32)
+                lines.append(f"{kind:<32} {entry['tensors']:>4} {entry['shape']:>12.12}  {route:.28}".rstrip())
+            return "\n".join(lines)
         counts = self.summary()
         states = ", ".join(f"{int(counts[status])} {status}" for status in STATUSES if counts[status])
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        lines = [
-            f"{self.optimizer}  lr={self.learning_rate:g}, weight_decay={self.weight_decay:g}, {options}",
+        lines += [
             f"{len(self.tensors)} tensors: {states}",
-            f"state {self.state_bytes:,} bytes (AdamW: {self.adamw_state_bytes:,})",
+            state,
             "",
             f"{'tensors':<34.34} {'no.':>4} {'shape':>12} {'scale':>9} {'/sqrt(n)':>8} {'step':>7}",
         ]
         for entry in self.by_kind():
-            kind = entry["kind"] if len(entry["kind"]) <= 34 else f"...{entry['kind'][-31:]}"
+            kind = _cut(entry["kind"], 34)
             steps = ",".join(map(str, entry["steps"])) or "pending"
             lines.append(
                 f"{kind:<34} {entry['tensors']:>4} {entry['shape']:>12.12} {entry['scale']:>9.4g} "
@@ -175,7 +247,8 @@ class GSNRReport:
 
     def save(self, directory: str | os.PathLike[str], picture: bool = True) -> Path:
         """
-        Writes `gsnr_report.json`, and `gsnr_report.png` where matplotlib is installed, each whole or not at all.
+        Writes `gsnr_report.json`, and `gsnr_report.png` where there is g-SNR to draw and matplotlib is installed; each
+        whole or not at all.
 
         Args:
             directory (`str` or path): Made where it is missing.
@@ -188,7 +261,7 @@ class GSNRReport:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / REPORT_JSON
         _write_whole(path, self.to_json().encode("utf-8"))
-        if picture and importlib.util.find_spec("matplotlib") is not None:
+        if picture and self.tensors and importlib.util.find_spec("matplotlib") is not None:
             from .plots import report_png
 
             _write_whole(folder / REPORT_PNG, report_png(self))
@@ -196,10 +269,12 @@ class GSNRReport:
 
     def to_json(self) -> str:
         """The report as JSON; [`GSNRReport.from_json`] gives an equal one."""
-        content = {"schema": SCHEMA, **dataclasses.asdict(self), "tensors": []}
-        rows = ",\n  ".join(json.dumps(dataclasses.asdict(row), allow_nan=False) for row in self.tensors)
+        content = {"schema": SCHEMA, **dataclasses.asdict(self), "tensors": [], "routes": []}
         text = json.dumps(content, indent=1, allow_nan=False)
-        return text.replace('"tensors": []', f'"tensors": [\n  {rows}\n ]', 1) + "\n"
+        for field, rows in (("tensors", self.tensors), ("routes", self.routes)):  # one line per tensor
+            lines = ",\n  ".join(json.dumps(dataclasses.asdict(row), allow_nan=False) for row in rows)
+            text = text.replace(f'"{field}": []', f'"{field}": [\n  {lines}\n ]' if rows else f'"{field}": []', 1)
+        return text + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> GSNRReport:
@@ -219,7 +294,9 @@ class GSNRReport:
                 f"schema must be {SCHEMA} but is {found!r}; a newer hf_sai wrote it, or it is no g-SNR report"
             )
         fields = {key: value for key, value in content.items() if key != "schema"}
-        fields["tensors"] = [_parse_row(index, row) for index, row in enumerate(_expect(fields, "tensors", list))]
+        for field, row_class in (("tensors", TensorRow), ("routes", RouteRow)):
+            rows = enumerate(_expect(fields, field, list))
+            fields[field] = [_parse_row(row_class, f"{field}[{index}]", row) for index, row in rows]
         return _build(cls, fields, "")
 
     @classmethod
@@ -292,11 +369,33 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 def _record_of(optimizer: Any) -> OptimizerRecord:
     record = record_of(optimizer)
-    if record is not None and hasattr(optimizer, "gsnr_statistics"):
+    if record is not None:
         return record
     raise TypeError(
-        f"a g-SNR report needs an optimizer that measures g-SNR but got {type(optimizer).__name__}; pass SGDSaI itself"
+        f"a g-SNR report needs an optimizer of hf_sai but got {type(optimizer).__name__}; pass SGDSaI or SWAN itself"
     )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _route_row(route: Route) -> RouteRow:
+    kind, layer = split_name(route.name)
+    shape = tuple(route.param.shape)
+    return RouteRow(route.name, kind, layer, shape, route.param.numel(), route.route, route.reason)
+
+
+def _shape_of(rows: Sequence[TensorRow | RouteRow]) -> str:
+    """The one that all have, or how many there are."""
+    shapes = sorted({"x".join(map(str, row.shape)) or "scalar" for row in rows})
+    return shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+
+def _cut(text: str, width: int) -> str:
+    """The end of a name that is too long."""
+    return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
 def _row(statistics: Any, peak_learning_rate: float) -> TensorRow:
@@ -318,11 +417,10 @@ def _row(statistics: Any, peak_learning_rate: float) -> TensorRow:
 
 def _kind_entry(kind: str, rows: list[TensorRow]) -> dict[str, Any]:
     settled = [row for row in rows if row.status != "pending"]
-    shapes = sorted({"x".join(map(str, row.shape)) or "scalar" for row in rows})
     return {
         "kind": kind,
         "tensors": len(rows),
-        "shape": shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+        "shape": _shape_of(rows),
         "scale": _median(row.scale for row in settled),
         "ratio": _median(row.gsnr_over_sqrt_numel for row in settled),
         "learning_rate": _median(row.learning_rate for row in settled),
@@ -389,8 +487,7 @@ def _expect(fields: dict[str, Any], key: str, kind: type) -> Any:
     return fields[key]
 
 
-def _parse_row(index: int, row: Any) -> TensorRow:
-    where = f"tensors[{index}]"
+def _parse_row(row_class: type[Any], where: str, row: Any) -> Any:
     if not isinstance(row, dict):
         raise ReportError(f"{where} of a g-SNR report must be a dict but is {row!r:.80}; the file is damaged")
     fields = dict(row)
@@ -398,7 +495,7 @@ def _parse_row(index: int, row: Any) -> TensorRow:
     if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
         raise ReportError(f"{where}.shape of a g-SNR report must hold whole numbers but is {shape!r:.80}")
     fields["shape"] = tuple(shape)
-    return _build(TensorRow, fields, where)
+    return _build(row_class, fields, where)
 
 
 # What a field may hold in a file, by the annotation's text.

@@ -1,0 +1,177 @@
+"""SWAN on two real gloo processes: sharded matrices are whitened whole and once, and weights equal one process's."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_distributed import STEPS, LossModule, on_two_ranks, shard, train, uneven_llama, whole
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import hf_sai
+from hf_sai.optim import SWAN, whitening
+
+
+def optimizer_of(model, **options):
+    # Rounding of two different backward passes is magnified by small directions; ten steps of it stay below 1e-5.
+    settings = {"lr": 1e-3, "whitening_dtype": "float32", **options}
+    return SWAN(hf_sai.param_groups(model, "swan", weight_decay=0.1), **settings)
+
+
+def options_of(name):
+    return {"momentum": 0.9} if name == "momentum" else {}
+
+
+def save_weights(model, rank, folder, **more):
+    weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    torch.save({"weights": weights, **more}, folder / f"rank{rank}.pt")
+
+
+def fsdp_worker(rank, folder, name):
+    model = shard(uneven_llama())
+    optimizer = optimizer_of(model, **options_of(name))
+    train(model, optimizer, 0, STEPS, rank)
+    save_weights(model, rank, folder)
+
+
+def ddp_worker(rank, folder, name):
+    from test_distributed import batches
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = uneven_llama()
+    wrapped = DistributedDataParallel(LossModule(model))
+    optimizer = optimizer_of(model, **options_of(name))
+    for step, tokens in enumerate(batches()):
+        wrapped(tokens[rank * 2 : rank * 2 + 2], step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_weights(model, rank, folder)
+
+
+@pytest.mark.parametrize("name", ["plain", "momentum"])
+@pytest.mark.parametrize("worker", [fsdp_worker, ddp_worker])
+def test_two_processes_equal_one(tmp_path, worker, name):
+    on_two_ranks(worker, tmp_path, name)
+    model = uneven_llama()
+    train(model, optimizer_of(model, **options_of(name)), 0, STEPS)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt")["weights"]
+        for parameter_name, param in model.named_parameters():
+            torch.testing.assert_close(
+                found[parameter_name],
+                param.detach(),
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda text, n=parameter_name: f"{n}: {text}",
+            )
+
+
+def shares_worker(rank, folder, name):
+    """The same gradients whole and cut, in any layout: the same update, each matrix whitened on one rank only."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    shapes = [(6, 10)] * 5 + [(5, 4)] * 3 + [(3, 9)]
+    placements = [Shard(0)] * 5 + [Shard(1)] * 3 + [Replicate()]
+    wholes = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    cut = []
+    for param, placement in zip(wholes, placements, strict=True):
+        param.grad = torch.randn_like(param)
+        cut.append(torch.nn.Parameter(distribute_tensor(param.detach().clone(), mesh, [placement])))
+        cut[-1].grad = distribute_tensor(param.grad, mesh, [placement])
+    counted = []
+    original = whitening.grad_norm
+
+    def count(gradient):
+        counted.append(len(gradient))
+        return original(gradient)
+
+    whitening.grad_norm = count
+    SWAN(cut, whitening_dtype="float32").step()
+    whitening.grad_norm = original
+    SWAN(wholes, whitening_dtype="float32").step()
+    for sharded, param in zip(cut, wholes, strict=True):
+        torch.testing.assert_close(sharded.detach().full_tensor(), param.detach(), rtol=1e-5, atol=1e-6)
+    assert {str(p.placements) for p in cut} == {str((placement,)) for placement in placements}
+    torch.save({"matrices": sum(counted)}, folder / f"rank{rank}.pt")
+
+
+def test_the_work_is_shared_and_not_repeated(tmp_path):
+    on_two_ranks(shares_worker, tmp_path, "")  # a failed assertion of a rank is raised here
+    counts = [torch.load(tmp_path / f"rank{rank}.pt")["matrices"] for rank in range(2)]
+    assert sum(counts) == 9
+    assert max(counts) <= 6  # 3 + 2 of five, 2 + 1 of three, 1 + 0 of one
+
+
+def not_finite_worker(rank, folder, name):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    params = [torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)])) for _ in range(3)]
+    for index, param in enumerate(params):
+        gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(index))
+        gradient[0, 0] = float("nan") if index == 1 else gradient[0, 0]  # on rank 0's piece only
+        param.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("hf_sai").addHandler(handler)
+    SWAN([(f"p{i}", param) for i, param in enumerate(params)], weight_decay=0.5).step()
+    changed = [not torch.equal(param.detach().full_tensor(), torch.ones(4, 6)) for param in params]
+    torch.save({"changed": changed, "messages": messages}, folder / f"rank{rank}.pt")
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_left_alone_on_all(tmp_path):
+    on_two_ranks(not_finite_worker, tmp_path, "")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        assert found["changed"] == [True, False, True]
+        assert [message.split(" has ")[0] for message in found["messages"]] == ["The gradient of p1"]
+
+
+def partial_worker(rank, folder, name):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = init_device_mesh("cpu", (2,))
+    param = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 6), mesh, [Partial()]))
+    param.grad = DTensor.from_local(torch.ones(4, 6), mesh, [Partial()])
+    with pytest.raises(RuntimeError, match="can gather DTensors that are sharded or replicated, but one lies as"):
+        SWAN([param]).step()
+
+
+def test_a_layout_that_cannot_be_gathered_is_refused(tmp_path):
+    on_two_ranks(partial_worker, tmp_path, "")
+    assert dist.is_available()  # a failed assertion of a rank would have been raised above
+
+
+def save_worker(rank, folder, name):
+    model = shard(uneven_llama())
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 5, rank)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
+
+
+def test_saved_on_two_ranks_and_resumed_on_one(tmp_path):
+    on_two_ranks(save_worker, tmp_path, "")
+    expected = uneven_llama()
+    train(expected, optimizer_of(expected), 0, STEPS)
+    model = uneven_llama()
+    for param in model.parameters():
+        param.data.zero_()
+    optimizer = optimizer_of(model)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp_load(state, checkpoint_id=tmp_path / "checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(model, optimizer, 5, STEPS)
+    for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
