@@ -14,6 +14,7 @@ def test_list_names_every_option_with_its_default():
     assert result.exit_code == 0
     assert result.output.startswith("sgd_sai: ")
     assert "  momentum=0.9  (a number)" in result.output
+    assert max(len(line) for line in result.output.splitlines()) <= 80
 
 
 def test_report_prints_the_table(tmp_path):

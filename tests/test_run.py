@@ -23,13 +23,13 @@ LIKE_DIFFUSERS = str(Path(__file__).parent / "fixtures" / "script_like_diffusers
 PROBE = """
 import atexit, os, signal, sys
 import click
-print(sys.argv, __name__, __file__, sys.path[0], __package__ or "", "annotations" in globals())
+def fail(reason: int = 0):
+    raise KeyError("from the script")
+print(sys.argv, __name__, __file__, sys.path[0], __package__ or "", fail.__annotations__)
 print(getattr(__spec__, "name", None))
 print(sys.modules["__main__"].__dict__ is globals(), click.get_current_context(silent=True))
 atexit.register(lambda: print("atexit", vars(sys.modules["__main__"]) is globals(), flush=True))
 sys.stdout.flush()
-def fail():
-    raise KeyError("from the script")
 if "exit" in sys.argv:
     sys.exit(3)
 if "raise" in sys.argv:

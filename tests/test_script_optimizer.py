@@ -226,18 +226,34 @@ def test_swan_with_nothing_to_whiten_is_an_error():
 
 def test_swan_knows_a_lone_embedding_beside_a_model_and_says_what_it_can_not_find(caplog):
     embedding, layer, bare = nn.Embedding(4, 3), nn.Linear(3, 3), nn.Parameter(torch.ones(3, 3))
+    late = nn.Embedding(4, 3)
     replacement = Replacement.of("swan", None, [])
     with replacement.installed():
         optimizer = torch.optim.AdamW([{"params": embedding.weight}, {"params": [layer.weight]}, {"params": [bare]}])
-        optimizer.add_param_group({"params": layer.bias, "amsgrad": True})
+        optimizer.add_param_group({"params": late.weight, "amsgrad": True})
     assert [group["reasons"] for group in optimizer.param_groups] == [
         ["embedding"],
         ["linear layer"],
         ["by shape: the module is not known"],
-        ["not a matrix"],
+        ["embedding"],
     ]
     assert "amsgrad" not in optimizer.param_groups[-1]
     assert "swan: the modules of 1 tensors were not found; routed by shape." in caplog.text
+
+
+def test_without_weight_decay_adamws_is_taken_and_warnings_come_once_for_two_optimizers(caplog):
+    layer = nn.Linear(3, 3)
+    with Replacement.of("swan", None, []).installed():
+        assert torch.optim.AdamW([layer.weight]).param_groups[0]["weight_decay"] == 1e-2
+        assert isinstance(sys.modules["torch.optim.adamw"].AdamW([layer.weight]), SWAN)
+    with Replacement.of("sgd_sai", None, []).installed():
+        for param in layer.parameters():
+            torch.optim.AdamW([param], lr=1e-3, fused=True)
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_sai.cli.run"]
+    assert [text.split(":")[0] for text in said] == [
+        "sgd_sai does not use what the script sets for AdamW",
+        "lr=0.001 is a usual one for AdamW and small for sgd_sai",
+    ]
 
 
 def test_root_modules_are_the_outermost_ones():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +41,15 @@ def list_optimizers() -> None:
     from ..optim.registry import list_records
 
     for record in list_records():
-        typer.echo(f"{record.name}: {record.description}")
+        typer.echo(_wrapped(f"{record.name}: {record.description}", "  "))
         for option in record.options:
-            typer.echo(f"  {option.name}={record.default(option.name)}  ({option.kind}) {option.help}")
+            shown = f"  {option.name}={record.default(option.name)}  ({option.kind}) {option.help}"
+            typer.echo(_wrapped(shown, "      "))
+
+
+def _wrapped(text: str, indent: str) -> str:
+    """For a terminal of 80 columns; words stay whole, so that a name can be found in the output."""
+    return textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 @app.command()
