@@ -104,3 +104,9 @@ def test_state_of_an_optimizer_that_never_stepped_loads(record):
     other.load_state_dict(state)
     train(model, other, 2, seed=1)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_set_of_parameters_has_no_order_and_is_refused(record):
+    params = set(model_of(torch.float32).parameters())
+    with pytest.raises(TypeError, match="they are a set; pass a list"):
+        record.cls([{"params": params}])

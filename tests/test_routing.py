@@ -127,7 +127,8 @@ def test_experts_that_are_stored_the_other_way_round():
 
 
 @pytest.mark.parametrize(
-    ("policy", "a", "b"), [("b_only", ADAM, "matrix"), ("both", "matrix", "matrix"), ("adam", ADAM, ADAM)]
+    ("policy", "a", "b"),
+    [("b_only", ADAM, "matrix, transposed"), ("both", "matrix", "matrix, transposed"), ("adam", ADAM, ADAM)],
 )
 def test_lora_policy_decides_the_factors(policy, a, b):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate_proj"]))
@@ -143,7 +144,7 @@ def test_adapters_on_embeddings_and_heads_and_magnitudes():
     config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], use_dora=False)
     found = routed(get_peft_model(tiny_llama(), config), lora_policy="both")
     assert {route for name, (route, _) in found.items() if "lora_embedding" in name} == {ADAM}
-    assert found["base_model.model.lm_head.lora_B.default.weight"] == ("matrix", "LoRA B")
+    assert found["base_model.model.lm_head.lora_B.default.weight"] == ("matrix, transposed", "LoRA B")
     found = routed(get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)))
     magnitudes = {name: route for name, route in found.items() if "magnitude" in name}
     assert len(magnitudes) == 2

@@ -70,7 +70,7 @@ MODELS = {
     "gpt2, split": (tiny_gpt2, token_loss, GPT2_SPLIT, {"split_qkv": True}),
     "vit": (tiny_vit, image_loss, VIT, {}),
     "mixtral": (tiny_mixtral, token_loss, MIXTRAL, {}),
-    "lora": (tiny_lora, token_loss, [("lora_B", whole)], {"lora_policy": "b_only"}),
+    "lora": (tiny_lora, token_loss, [("lora_B", transposed)], {"lora_policy": "b_only"}),
 }
 
 

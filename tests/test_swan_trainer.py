@@ -205,4 +205,4 @@ def test_sft_trainer_with_an_adapter(tmp_path):
         processing_class=word_tokenizer(),
     )
     trainer.train()
-    assert {row.reason for row in GSNRReport.load(tmp_path).routes if row.route == "matrix"} == {"LoRA B"}
+    assert {row.reason for row in GSNRReport.load(tmp_path).routes if row.route == "matrix, transposed"} == {"LoRA B"}

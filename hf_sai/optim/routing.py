@@ -287,7 +287,9 @@ def _layout(param: Tensor, owner: _Owner, split_qkv: bool) -> tuple[Layout | Non
     if name in _FUSED_QKV and split_qkv and rows % 3 == 0:
         return Layout(transposed=transposed, parts=3), "query, key and value, split"
     if owner.lora:
-        return Layout(transposed=transposed), f"LoRA {owner.lora.upper()}"
+        # The rows are those of the rank in both factors, so that GradNorm's mean is over a model's width. Over B's own
+        # columns, as few as the rank, centring would take away one direction of them for good.
+        return Layout(transposed=transposed != (owner.lora == "b")), f"LoRA {owner.lora.upper()}"
     known = isinstance(module, nn.Linear) or transposed
     return Layout(transposed=transposed), "linear layer" if known else "matrix of another module"
 

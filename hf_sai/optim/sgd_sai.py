@@ -23,7 +23,7 @@ from .gsnr import (
     gradient_moments,
     gradient_snr,
 )
-from .tensors import check_gradient, gradient_of, local, parameter_name
+from .tensors import check_gradient, gradient_of, local, parameter_name, with_names
 from .updates import Batch, Coefficients, update
 
 
@@ -181,16 +181,8 @@ class SGDSaI(Optimizer):
                 f"{first['normalize']!r}; the maximum is taken over the whole model, so set it once"
             )
         shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
-        shared["params"] = self._with_names(param_group["params"])
+        shared["params"] = with_names(self.param_groups, param_group["params"])
         super().add_param_group({**param_group, "state_dtype": merged["state_dtype"], **shared})
-
-    def _with_names(self, params: Any) -> Any:
-        """Gives tensors names where the other groups have them (a trainer adds them): torch wants all or none."""
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if not self.param_groups or "param_names" not in self.param_groups[0]:
-            return params
-        index = len(self.param_groups)
-        return [p if isinstance(p, tuple) else (f"group{index}.{i}", p) for i, p in enumerate(params)]
 
     @overload
     def step(self, closure: None = None) -> None: ...

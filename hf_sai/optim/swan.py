@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .adam import AdamBatch, adam_update, new_adam_state
 from .routing import ADAM, Layout, Route, layout_of, routes_of_group
 from .sharding import Sharding, sharding_of
-from .tensors import check_gradient, gradient_of, is_sharded, local, parameter_name
+from .tensors import check_gradient, gradient_of, is_sharded, local, parameter_name, with_names
 from .updates import round_stochastically_
 from .whitening import Method, check_whitening, swan_direction
 
@@ -167,7 +167,7 @@ class SWAN(Optimizer):
         """
         merged = {**self.defaults, **param_group}
         _check_options(merged)
-        super().add_param_group({**param_group, "params": self._with_names(param_group["params"])})
+        super().add_param_group({**param_group, "params": with_names(self.param_groups, param_group["params"])})
         group = self.param_groups[-1]
         if "routes" not in group:
             group["routes"], group["reasons"] = routes_of_group(group)
@@ -181,14 +181,6 @@ class SWAN(Optimizer):
         for route in group["routes"]:
             if route != ADAM:
                 layout_of(route)
-
-    def _with_names(self, params: Any) -> Any:
-        """Gives tensors names where the other groups have them (a trainer adds them): torch wants all or none."""
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if not self.param_groups or "param_names" not in self.param_groups[0]:
-            return params
-        index = len(self.param_groups)
-        return [p if isinstance(p, tuple) else (f"group{index}.{i}", p) for i, p in enumerate(params)]
 
     @overload
     def step(self, closure: None = None) -> None: ...

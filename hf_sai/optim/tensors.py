@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,3 +45,19 @@ def parameter_name(group: dict[str, object], group_index: int, index: int) -> st
     """The name that the group keeps, or `group0.3`."""
     names = group.get("param_names")
     return str(names[index]) if isinstance(names, list) else f"group{group_index}.{index}"
+
+
+def with_names(groups: list[dict[str, Any]], params: Any) -> list[Any]:
+    """
+    The parameters of a new group, with names where the other groups have them (a trainer adds them): torch wants all
+    or none.
+
+    Raises:
+        `TypeError`: They are a set, whose order is another in every process.
+    """
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must be in an order that a checkpoint can rely on, but they are a set; pass a list")
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if not groups or "param_names" not in groups[0]:
+        return params
+    return [p if isinstance(p, tuple) else (f"group{len(groups)}.{i}", p) for i, p in enumerate(params)]
