@@ -15,7 +15,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .integration import assert_optimizer, name_parameters, unwrap_optimizer
+from .integration import assert_optimizer, check_sharded, name_parameters, unwrap_optimizer
 from .optim.registry import list_records, record_of
 from .report import REPORT_JSON, REPORT_PNG, GSNRReport, ReportError
 
@@ -66,6 +66,7 @@ class GSNRCallback(TrainerCallback):
             if state.is_world_process_zero:
                 _put_aside_reports(Path(args.output_dir))
             return
+        check_sharded(live, args)
         if kwargs.get("model") is not None:
             name_parameters(live, kwargs["model"])
         if _measurements(live):  # resumed: what it was measured on stands in the report of then

@@ -18,6 +18,7 @@ from trainer_patches.compat import decay_parameter_names, target_module_matches
 
 from .optim.registry import OptimizerRecord, OptionError, get_record, list_records, parse_options, record_of
 from .optim.routing import ADAM, route_parameters, summary
+from .optim.tensors import is_sharded
 from .report import GSNRReport
 
 
@@ -301,15 +302,65 @@ def _typed_options(record: OptimizerRecord, given: Mapping[str, Any]) -> tuple[d
     return options, routing
 
 
+def splitting_mode(args: Any | None = None) -> str | None:
+    """
+    What is set that hands the optimizer pieces that it can't tell from whole tensors; `None` where nothing is.
+
+    FSDP version 2 keeps tensors as DTensors, which can be told.
+
+    Args:
+        args (`transformers.TrainingArguments`, *optional*): `None` asks for what a launcher has set only.
+
+    Returns:
+        `str` or `None`: `"deepspeed"` or `"fsdp version 1"`.
+    """
+    environment = os.environ
+    launched = {
+        mode: environment.get(f"ACCELERATE_USE_{mode.upper()}", "false").lower() in ("1", "true", "yes")
+        for mode in ("deepspeed", "fsdp")
+    }
+    if launched["deepspeed"] or getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+        return "deepspeed"
+    if getattr(args, "fsdp", None):
+        plugin = getattr(args, "fsdp_plugin_args", None) or {}
+        config = getattr(args, "fsdp_config", None)
+        version = plugin.get("fsdp_version", config.get("version", 1) if isinstance(config, dict) else 1)
+    elif launched["fsdp"]:
+        version = environment.get("FSDP_VERSION", "1")
+    else:
+        return None
+    return None if str(version) == "2" else "fsdp version 1"
+
+
+def check_sharded(optimizer: Optimizer, args: Any) -> None:
+    """
+    Checks that FSDP, where it was asked for, is there: a host that can't shard (accelerate on CPUs) says nothing, and
+    every process would train a copy of its own.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Without a wrapper.
+        args (`transformers.TrainingArguments`): With `fsdp` and `world_size`.
+
+    Raises:
+        `OptionError`: There are several processes, and no parameter is sharded.
+    """
+    if not getattr(args, "fsdp", None) or args.world_size == 1:
+        return
+    if not any(is_sharded(param) for group in optimizer.param_groups for param in group["params"]):
+        raise OptionError(
+            f"fsdp is set for {args.world_size} processes, but no parameter is sharded, so that each process would "
+            "train a model of its own; leave fsdp out (DDP averages gradients), or run it on accelerators"
+        )
+
+
 def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
     """What would give another result than asked for is an error before the first step."""
-    for field in ("deepspeed", "fsdp"):
-        by_launcher = os.environ.get(f"ACCELERATE_USE_{field.upper()}", "false").lower() in ("1", "true", "yes")
-        if getattr(args, field, None) or getattr(args, f"{field}_plugin", None) or by_launcher:
-            raise OptionError(
-                f"optim={record.name!r} needs whole tensors, but {field} is set and splits them over the ranks; "
-                f"unset {field} (DDP works), or choose another optimizer"
-            )
+    mode = splitting_mode(args)
+    if mode is not None:
+        raise OptionError(
+            f"optim={record.name!r} needs whole tensors, but {mode} is set and flattens or splits them so that they "
+            f"can't be told apart; use FSDP version 2 or DDP, or choose another optimizer"
+        )
     if not record.layerwise:
         return
     ordinary = record.name.removesuffix("_layerwise")

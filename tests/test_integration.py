@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from helpers import arguments, tiny_llama, tiny_lora
 from transformers import Trainer
 
 import hf_sai
-from hf_sai.integration import name_parameters
+from hf_sai.integration import check_sharded, name_parameters
 
 
 def test_create_optimizer_for_a_model_names_and_spares_norms():
@@ -63,12 +65,41 @@ def test_assert_optimizer_looks_through_accelerate():
         hf_sai.assert_optimizer(Accelerator(cpu=True).prepare(torch.optim.AdamW(model.parameters())), "sgd_sai")
 
 
-def test_sharded_modes_are_refused_by_name(tmp_path):
-    for field in ("deepspeed", "fsdp"):
-        args = arguments(tmp_path)
-        setattr(args, field, "full_shard")
-        with pytest.raises(ValueError, match=f"needs whole tensors, but {field} is set"):
-            Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+@pytest.mark.parametrize("optim", ["sgd_sai", "swan"])
+def test_modes_that_flatten_are_refused_by_name(tmp_path, optim, monkeypatch):
+    model, args = tiny_llama(), arguments(tmp_path, optim=optim)
+
+    def choose(**changed):
+        with monkeypatch.context() as patch:
+            for name, value in changed.items():
+                patch.setattr(args, name, value, raising=False)
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    for changed, mode in (
+        ({"deepspeed": "zero3.json"}, "deepspeed"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp version 1"),
+        ({"fsdp": "full_shard", "fsdp_config": {}}, "fsdp version 1"),  # a host that has no version yet
+    ):
+        with pytest.raises(hf_sai.OptionError, match=f"optim='{optim}' needs whole tensors, but {mode} is set and"):
+            choose(**changed)
+    choose(fsdp=True, fsdp_plugin_args={"fsdp_version": 2})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(hf_sai.OptionError, match="but fsdp version 1 is set"):
+        choose()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    choose()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(hf_sai.OptionError, match="but deepspeed is set"):
+        choose()
+
+
+def test_fsdp_that_the_host_did_not_turn_on_is_an_error_and_not_a_training_of_copies():
+    args = SimpleNamespace(world_size=2, fsdp=True, optim="sgd_sai", learning_rate=0.1)
+    plain = hf_sai.create_optimizer("sgd_sai", tiny_llama())
+    with pytest.raises(hf_sai.OptionError, match="fsdp is set for 2 processes, but no parameter is sharded"):
+        check_sharded(plain, args)
+    check_sharded(plain, SimpleNamespace(world_size=1, fsdp=True))
+    check_sharded(plain, SimpleNamespace(world_size=2, fsdp=None))
 
 
 def test_handler_gives_typed_options_and_named_groups(tmp_path):

@@ -214,7 +214,7 @@ def test_a_wrong_choice_is_an_error_before_the_script_starts(name, options, mess
 @pytest.mark.parametrize("mode", ["deepspeed", "fsdp"])
 def test_a_launcher_that_splits_tensors_is_an_error_before_the_script_starts(monkeypatch, mode):
     monkeypatch.setenv(f"ACCELERATE_USE_{mode.upper()}", "true")
-    with pytest.raises(OptionError, match=f"launch without {mode}"):
+    with pytest.raises(OptionError, match=f"but the launcher has set {mode}"):
         Replacement.of("sgd_sai", None, [])
 
 

@@ -29,6 +29,7 @@ from trainer_patches.script_optimizer import (
     stand_in_for_adamw,
 )
 
+from ..integration import splitting_mode
 from ..optim import route_parameters
 from ..optim.registry import OptimizerRecord, OptionError, get_record, parse_options, record_of
 from ..optim.routing import ADAM, route_by_shape, summary
@@ -254,12 +255,12 @@ class Replacement:
                 f"{name} updates inside the backward pass and allows no clipping, which can't be seen in a script "
                 f"that builds its own optimizer; use --optim {name.removesuffix('_layerwise')}"
             )
-        for mode in ("deepspeed", "fsdp"):
-            if os.environ.get(f"ACCELERATE_USE_{mode.upper()}", "false").lower() in ("1", "true", "yes"):
-                raise OptionError(
-                    f"{name} needs whole tensors, but the launcher has set {mode}, which splits them over the ranks; "
-                    f"launch without {mode} (DDP works), or leave out hf-sai's --optim"
-                )
+        mode = splitting_mode()
+        if mode is not None:
+            raise OptionError(
+                f"{name} needs whole tensors, but the launcher has set {mode}, which splits them over the ranks; use "
+                "FSDP version 2 or DDP, or leave out hf-sai's --optim"
+            )
         options = parse_options(record, parse_optim_args(optim_args))
         if "gsnr" in options:
             raise OptionError(
