@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .callback import GSNRCallback
+    from .config import SaIConfig
     from .integration import (
         OptimizerMismatchError,
         assert_optimizer,
@@ -38,6 +39,7 @@ _HOME = {
     "SGDSaILayerwise": ".optim",
     "SWAN": ".optim",
     "SWANLayerwise": ".optim",
+    "SaIConfig": ".config",
     "SaITrainer": ".trainer",
     "SaITrainerMixin": ".trainer",
     "assert_optimizer": ".integration",
@@ -61,6 +63,7 @@ __all__ = [
     "SGDSaI",
     "SGDSaILayerwise",
     "SWANLayerwise",
+    "SaIConfig",
     "SaITrainer",
     "SaITrainerMixin",
     "assert_optimizer",

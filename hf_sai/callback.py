@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .config import SaIConfig
 from .integration import assert_optimizer, check_sharded, name_parameters, unwrap_optimizer
-from .optim.registry import list_records, record_of
-from .report import REPORT_JSON, REPORT_PNG, GSNRReport, ReportError
+from .optim.measure import measure_gsnr
+from .optim.registry import OptionError, list_records, record_of
+from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ class GSNRCallback(TrainerCallback):
     Args:
         trainer (`transformers.Trainer`, *optional*): Carries the scalars to all its trackers. Without it they go to
             the state's `log_history` and to the log of this module.
+        config (`SaIConfig`, *optional*): What to do besides; see there for the defaults.
 
     Example:
 
@@ -47,10 +52,12 @@ class GSNRCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: Any | None = None) -> None:
+    def __init__(self, trainer: Any | None = None, config: SaIConfig | None = None) -> None:
         self.trainer = trainer
+        self.config = config or SaIConfig()
         self.report: GSNRReport | None = None
         self._drawn: GSNRReport | None = None
+        self._tracked: dict[str, Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,7 +67,7 @@ class GSNRCallback(TrainerCallback):
         if optim_name(args) in names:
             assert_optimizer(kwargs.get("optimizer"), optim_name(args))
             warn_if_learning_rate_is_adams(args)
-        self.report = self._drawn = None
+        self.report = self._drawn = self._tracked = None
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             if state.is_world_process_zero:
@@ -71,17 +78,40 @@ class GSNRCallback(TrainerCallback):
             name_parameters(live, kwargs["model"])
         if _measurements(live):  # resumed: what it was measured on stands in the report of then
             self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live))
-            self.report = dataclasses.replace(self.report, run=_run_of(args.output_dir, self.report))
+            self.report = _with_earlier_facts(self.report, args.output_dir, state.global_step)
             self._write_report(args, state)
+        elif self.config.gsnr_premeasure_batches:
+            premeasure(live, kwargs["model"], kwargs["train_dataloader"], self.config.gsnr_premeasure_batches, args)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures g-SNR anew where it is tracked; the gradients are those that the update will use."""
+        step = state.global_step + 1
+        live = unwrap_optimizer(kwargs.get("optimizer"))
+        every = self.config.gsnr_track_steps
+        if every and step % every == 0 and hasattr(live, "measure_now"):
+            self._tracked = {"step": step, "gsnr": live.measure_now()}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Reads the statistics, and writes and logs where something was measured."""
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        if record_of(live) is None or not _has_news(live, self.report):
+        if record_of(live) is None:
             return
+        self._read_statistics(args, state, live)
+        tracked, self._tracked = self._tracked, None
+        if tracked is not None and self.report is not None:
+            self.report = dataclasses.replace(self.report, history=[*self.report.history, tracked])
+            self._log(state, {"gsnr/ratio_to_first_median": self.report.drift()[-1]["median"]})
+
+    def _read_statistics(self, args: TrainingArguments, state: TrainerState, live: Any) -> None:
+        if not _has_news(live, self.report):
+            return
+        history = self.report.history if self.report is not None else []
         self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live))
+        self.report = dataclasses.replace(self.report, history=history)
         self._write_report(args, state)
         prefix = "swan" if self.report.routes else "gsnr"
         self._log(state, {f"{prefix}/{key}": value for key, value in self.report.summary().items()})
@@ -108,20 +138,22 @@ class GSNRCallback(TrainerCallback):
             directory (`str` or path): A checkpoint, or `output_dir` itself. Left alone where it does not exist.
             output_dir (`str` or path): Where the run's own copy is kept.
         """
-        if self.report is None or not (Path(directory).is_dir() or Path(directory) == Path(output_dir)):
+        if self.report is None or not self.config.sai_report:
+            return
+        if not (Path(directory).is_dir() or Path(directory) == Path(output_dir)):
             return
         with _training_goes_on():
             if self._drawn != self.report:
                 self.report.save(output_dir)
                 self._drawn = self.report
             if Path(directory).resolve() != Path(output_dir).resolve():
-                for name in (REPORT_JSON, REPORT_PNG):
+                for name in (REPORT_JSON, REPORT_PNG, HISTORY_PNG):
                     if (Path(output_dir) / name).is_file():
                         shutil.copy(Path(output_dir) / name, Path(directory) / name)
 
     def _write_report(self, args: TrainingArguments, state: TrainerState) -> None:
         """The picture takes about a second, and so is drawn for the first measuring step and with every save."""
-        if self.report is None or not state.is_world_process_zero:
+        if self.report is None or not state.is_world_process_zero or not self.config.sai_report:
             return
         if self._drawn is None:
             self.write(args.output_dir, args.output_dir)
@@ -148,20 +180,61 @@ def _training_goes_on() -> Iterator[None]:
 
 def _put_aside_reports(output_dir: Path) -> None:
     """A report of an earlier run says nothing of this model: renamed, so that no push takes it along."""
-    for name in (REPORT_JSON, REPORT_PNG):
+    for name in (REPORT_JSON, REPORT_PNG, HISTORY_PNG):
         if (output_dir / name).is_file():
             os.replace(output_dir / name, output_dir / f"_{name}")
             logger.warning("%s is of an earlier run with another optimizer: renamed to _%s.", name, name)
 
 
-def _run_of(output_dir: str, report: GSNRReport) -> dict[str, Any]:
-    """The facts of the run that measured a report, from its file where that is of the same measurement."""
+def _with_earlier_facts(report: GSNRReport, output_dir: str, step: int) -> GSNRReport:
+    """
+    A resumed run's report: facts and history from the run's file, where that is of the same measurement, up to the
+    step that is resumed from.
+    """
     try:
         before = GSNRReport.load(output_dir)
     except (OSError, ReportError):
-        return report.run
+        return report
     measured = [[(row.name, row.gsnr, row.step) for row in each.tensors] + each.routes for each in (before, report)]
-    return before.run if measured[0] == measured[1] and "measurements" in before.run else report.run
+    if measured[0] != measured[1] or "measurements" not in before.run:
+        return report
+    history = [entry for entry in before.history if entry["step"] <= step]
+    return dataclasses.replace(report, run=before.run, history=history)
+
+
+def premeasure(optimizer: Any, model: Any, batches: Iterable[Any], count: int, args: TrainingArguments) -> None:
+    """
+    Gives the optimizer scales from batches before its first step; the training then sees the same random numbers.
+
+    Args:
+        optimizer (`SGDSaI`): Without a wrapper, before its first step.
+        model (`torch.nn.Module`): As it is trained.
+        batches (iterable): The training data.
+        count (`int`): How many batches.
+        args (`transformers.TrainingArguments`): For the number of processes.
+
+    Raises:
+        `OptionError`: There are several processes, or the optimizer measures nothing.
+    """
+    if not hasattr(optimizer, "take_scales"):
+        raise OptionError(
+            f"gsnr_premeasure_batches needs an optimizer that measures g-SNR, but {type(optimizer).__name__} runs; "
+            "set it to 0"
+        )
+    if args.world_size > 1:
+        raise OptionError(
+            f"gsnr_premeasure_batches works in one process, but there are {args.world_size}; set "
+            "optim_args='measure_steps=...' instead, which averages over all of them"
+        )
+    state = torch.get_rng_state()
+    training = model.training
+    model.train()
+    device = next(model.parameters()).device
+    first = itertools.islice(batches, count)
+    rows = measure_gsnr(model, ({key: value.to(device) for key, value in batch.items()} for batch in first))
+    model.train(training)
+    optimizer.take_scales(rows)
+    torch.set_rng_state(state)
 
 
 def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:

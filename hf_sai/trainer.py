@@ -10,6 +10,7 @@ from transformers import Trainer
 import trainer_patches
 
 from .callback import GSNRCallback, optim_name
+from .config import SaIConfig
 from .hub.card import update_card
 from .integration import assert_optimizer, decay_rule, name_parameters, unwrap_optimizer
 from .optim.registry import get_record, list_records, parse_options, record_of
@@ -27,6 +28,10 @@ class SaITrainerMixin:
 
     With another optimizer it is the plain trainer, but for the token.
 
+    Args:
+        args, kwargs: The trainer's own.
+        sai_config (`SaIConfig`, *optional*): What the run does besides: tracking, measuring before the first update.
+
     Example:
 
     ```python
@@ -43,11 +48,11 @@ class SaITrainerMixin:
     is_world_process_zero: Any
     get_decay_parameter_names: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sai_config: SaIConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self._asked_for is not None:
             parse_options(get_record(self._asked_for), trainer_patches.parse_optim_args(self.args.optim_args))
-        self.gsnr_callback = self.gsnr_callback_class(self)
+        self.gsnr_callback = self.gsnr_callback_class(self, sai_config)
         self.add_callback(self.gsnr_callback)
 
     @property
@@ -80,9 +85,10 @@ class SaITrainerMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the host's, with our section after it; see [`hf_sai.hub.card.update_card`]."""
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        if self.is_world_process_zero() and self.gsnr_callback.report is not None:
-            self.gsnr_callback.write(self.args.output_dir, self.args.output_dir)
-            update_card(Path(self.args.output_dir) / "README.md", self.gsnr_callback.report)
+        callback = self.gsnr_callback
+        if self.is_world_process_zero() and callback.report is not None and callback.config.sai_report:
+            callback.write(self.args.output_dir, self.args.output_dir)
+            update_card(Path(self.args.output_dir) / "README.md", callback.report)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with trainer_patches.token_free_pickles(self.args):

@@ -21,6 +21,7 @@ FLOORS = {
     "hf_sai.hub": 3,
     "hf_sai.integration": 3,
     "hf_sai.callback": 4,
+    "hf_sai.config": 4,
     "hf_sai.trainer": 4,
     "hf_sai.cli": 5,
     "hf_sai.run": 6,

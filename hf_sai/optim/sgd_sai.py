@@ -248,6 +248,36 @@ class SGDSaI(Optimizer):
             )
         return rows
 
+    @torch.no_grad()
+    def measure_now(self) -> dict[str, float]:
+        """
+        g-SNR of the gradients that are there now, by name, for a look at how it changes; the scales stay.
+
+        A gradient that is zero, constant or not finite is left out. Collective where gradients are sharded.
+        """
+        there = [place for place in self._params() if place[2].grad is not None]
+        moments = gradient_moments([gradient_of(param) for _, _, param in there])
+        return {
+            self._name(group, index): gradient_snr(moment, self.param_groups[group]["eps"])
+            for (group, index, _), moment in zip(there, moments, strict=True)
+            if moment.is_finite and not moment.is_zero and not moment.is_constant
+        }
+
+    def take_scales(self, rows: Iterable[Any]) -> None:
+        """
+        Scales to use instead of measuring, as the constructor's `gsnr`; before the first step.
+
+        Args:
+            rows (iterable): Such as `measure_gsnr` gives.
+
+        Raises:
+            `RuntimeError`: A step was made.
+            `ValueError`: The rows do not fit.
+        """
+        if self.state:
+            raise RuntimeError("scales can be given before the first step only, but one was made; pass gsnr= instead")
+        self._take_given(list(rows))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Loads what `state_dict()` gave, each momentum buffer in the dtype that it was saved in.

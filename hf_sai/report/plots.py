@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .report import GSNRReport, TensorRow
 
 MAX_KINDS = 24
+MAX_LINES = 9
 PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97"
 # kind, layer -> the tensors there (several where an adapter has more than one matrix of a kind)
 Cells = dict[tuple[str, int | None], list["TensorRow"]]
@@ -39,6 +40,34 @@ def report_png(report: GSNRReport) -> bytes:
     _draw_cells(figure, left, report, cells, shown, hidden=len(kinds) - len(shown))
     _draw_against_size(right, report)
     figure.suptitle(_headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def history_png(report: GSNRReport) -> bytes:
+    """
+    g-SNR over training as PNG, 1000 pixels wide: the median of each kind of tensor, as a ratio to its first
+    measurement, and the span of all tensors in grey.
+    """
+    drift = report.drift()
+    steps = [entry["step"] for entry in drift]
+    figure = Figure(figsize=(10, 5), dpi=100, layout="constrained")
+    axes: Any = figure.subplots()
+    spans = [[entry[key] for entry in drift] for key in ("min", "max")]
+    axes.fill_between(steps, *spans, color="#dddddd", lw=0, label="all tensors")
+    last = drift[-1]["kinds"]
+    apart = sorted(last, key=lambda kind: abs(math.log(last[kind] or 1.0)), reverse=True)[:MAX_LINES]
+    for kind in apart:
+        label = kind.replace("$", r"\$")
+        axes.plot(steps, [entry["kinds"].get(kind, math.nan) for entry in drift], marker=".", label=label)
+    axes.axhline(1.0, color="#888888", lw=1)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("g-SNR, ratio to the first measurement")
+    others = f"; the {len(apart)} kinds that moved most" if len(last) > len(apart) else ""
+    axes.set_title(f"g-SNR over training: medians by kind of tensor{others}", loc="left", fontsize=11)
+    axes.legend(fontsize=8, frameon=False, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

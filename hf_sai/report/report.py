@@ -25,6 +25,7 @@ from ..optim.routing import ADAM, Route
 SCHEMA = 1
 REPORT_JSON = "gsnr_report.json"
 REPORT_PNG = "gsnr_report.png"
+HISTORY_PNG = "gsnr_history.png"
 STATUSES = ("measured", "given", "fallback", "pending")
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
@@ -106,6 +107,7 @@ class GSNRReport:
         state_bytes (`int`): Bytes that the optimizer keeps for its tensors.
         adamw_state_bytes (`int`): Bytes that AdamW would keep: two numbers per element in the parameter's dtype.
         run (`dict`): Facts of the run, such as `effective_batch_size` and `world_size`, where they are known.
+        history (`list[dict]`): g-SNR measured again later, where tracked: `{"step": 50, "gsnr": {name: g-SNR}}`.
         versions (`dict[str, str]`): Of the packages that matter.
     """
 
@@ -119,6 +121,7 @@ class GSNRReport:
     state_bytes: int
     adamw_state_bytes: int
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -183,6 +186,29 @@ class GSNRReport:
             "ratio_max": max(row.gsnr_over_sqrt_numel for row in settled),
             "state_bytes": float(self.state_bytes),
         }
+
+    def drift(self) -> list[dict[str, Any]]:
+        """
+        How g-SNR changed, one entry per tracked step: the smallest, median and largest ratio to the first measurement
+        over the tensors, and the median by kind of tensor.
+        """
+        first = {row.name: row for row in self.tensors if row.status in ("measured", "given")}
+        entries = []
+        for measured in self.history:
+            ratios = {name: gsnr / first[name].gsnr for name, gsnr in measured["gsnr"].items() if name in first}
+            kinds: dict[str, list[float]] = {}
+            for name, ratio in ratios.items():
+                kinds.setdefault(first[name].kind, []).append(ratio)
+            entries.append(
+                {
+                    "step": measured["step"],
+                    "min": min(ratios.values(), default=0.0),
+                    "median": _median(ratios.values()),
+                    "max": max(ratios.values(), default=0.0),
+                    "kinds": {kind: _median(values) for kind, values in kinds.items()},
+                }
+            )
+        return entries
 
     def by_kind(self) -> list[dict[str, Any]]:
         """
@@ -262,9 +288,11 @@ class GSNRReport:
         path = folder / REPORT_JSON
         _write_whole(path, self.to_json().encode("utf-8"))
         if picture and self.tensors and importlib.util.find_spec("matplotlib") is not None:
-            from .plots import report_png
+            from .plots import history_png, report_png
 
             _write_whole(folder / REPORT_PNG, report_png(self))
+            if self.history:
+                _write_whole(folder / HISTORY_PNG, history_png(self))
         return path
 
     def to_json(self) -> str:
@@ -297,6 +325,8 @@ class GSNRReport:
         for field, row_class in (("tensors", TensorRow), ("routes", RouteRow)):
             rows = enumerate(_expect(fields, field, list))
             fields[field] = [_parse_row(row_class, f"{field}[{index}]", row) for index, row in rows]
+        for index, entry in enumerate(_expect(fields, "history", list)):
+            _check_history(f"history[{index}]", entry)
         return _build(cls, fields, "")
 
     @classmethod
@@ -496,6 +526,15 @@ def _parse_row(row_class: type[Any], where: str, row: Any) -> Any:
         raise ReportError(f"{where}.shape of a g-SNR report must hold whole numbers but is {shape!r:.80}")
     fields["shape"] = tuple(shape)
     return _build(row_class, fields, where)
+
+
+def _check_history(where: str, entry: Any) -> None:
+    values = entry.get("gsnr") if isinstance(entry, dict) else None
+    numbers = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
+    if not numbers or set(entry) != {"step", "gsnr"} or type(entry["step"]) is not int:
+        raise ReportError(
+            f"{where} of a g-SNR report must be a step and g-SNR by name but is {entry!r:.80}; the file is damaged"
+        )
 
 
 # What a field may hold in a file, by the annotation's text.
