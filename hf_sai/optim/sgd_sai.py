@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, overload
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
+from .base import NamedOptimizer
 from .gsnr import (
     NORMALIZATIONS,
     GradientMoments,
@@ -23,7 +24,7 @@ from .gsnr import (
     gradient_moments,
     gradient_snr,
 )
-from .tensors import check_gradient, gradient_of, local, parameter_name, with_names
+from .tensors import check_gradient, gradient_of, local
 from .updates import Batch, Coefficients, update
 
 
@@ -34,7 +35,7 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 BF16_RESOLUTION = 2.0**-8
 
 
-class SGDSaI(Optimizer):
+class SGDSaI(NamedOptimizer):
     r"""
     Momentum SGD with a learning-rate scale per tensor that is measured from the first gradient (arXiv 2412.11768).
 
@@ -154,13 +155,6 @@ class SGDSaI(Optimizer):
         if gsnr is not None:
             self._take_given(list(gsnr))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # torch's own, which it adds to the defaults on the way
-                    group.setdefault(key, value)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """
         Adds a group, in the middle of training too: its tensors are pending, and share the step and the maximum.
@@ -181,32 +175,8 @@ class SGDSaI(Optimizer):
                 f"{first['normalize']!r}; the maximum is taken over the whole model, so set it once"
             )
         shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
-        shared["params"] = with_names(self.param_groups, param_group["params"])
+        shared["params"] = self._with_names(param_group["params"])
         super().add_param_group({**param_group, "state_dtype": merged["state_dtype"], **shared})
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """
-        One update; measures the tensors whose g-SNR is not settled yet.
-
-        Args:
-            closure (callable, *optional*): Recomputes the loss and the gradients, and returns the loss. Called once.
-
-        Returns:
-            `float` or `None`: What the closure returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._advance()
-        return loss
 
     def _advance(self) -> None:
         """Measures what is not settled, and updates every tensor that has a gradient."""
@@ -353,15 +323,6 @@ class SGDSaI(Optimizer):
             for group in self.param_groups:
                 group["gsnr_max"], group["gsnr_max_step"] = largest, -1
 
-    def _params(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Group index, index in the group, tensor."""
-        for group_index, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
-                yield group_index, index, param
-
-    def _name(self, group_index: int, index: int) -> str:
-        return parameter_name(self.param_groups[group_index], group_index, index)
-
     def _new_state(self, group_index: int, index: int) -> dict[str, Any]:
         """The state of a tensor before its first gradient, without the buffer."""
         given = self.param_groups[group_index].get("gsnr_given")
@@ -495,15 +456,12 @@ class SGDSaI(Optimizer):
 
     def _warn_not_finite(self, names: list[str]) -> None:
         """One warning per step, with tensors that no earlier one named."""
-        warned: set[str] = self.__dict__.setdefault("_warned_not_finite", set())
-        new = [name for name in names if name not in warned]
-        warned.update(new)
+        new = self._new_names(names)
         if new:
             logger.warning(
-                "The first gradient of %s%s has inf or NaN: not measured, and not updated in this step. It will be "
+                "The first gradient of %s has inf or NaN: not measured, and not updated in this step. It will be "
                 "measured at its first finite gradient.",
-                ", ".join(new[:3]),
-                f" and of {len(new) - 3} more tensors" if len(new) > 3 else "",
+                new,
             )
 
     def _warn_if_bf16_stays(

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .adam import AdamBatch, adam_update, new_adam_state
+from .base import NamedOptimizer
 from .routing import ADAM, Layout, Route, layout_of, routes_of_group
 from .sharding import Sharding, sharding_of
-from .tensors import check_gradient, gradient_of, is_sharded, local, parameter_name, with_names
+from .tensors import check_gradient, gradient_of, is_sharded, local
 from .updates import round_stochastically_
 from .whitening import Method, check_whitening, swan_direction
 
@@ -45,7 +46,7 @@ class _Matrix:
     layout: Layout
 
 
-class SWAN(Optimizer):
+class SWAN(NamedOptimizer):
     r"""
     Stateless SGD for matrices, with normalised and whitened gradients (arXiv 2412.13148); Adam for all else.
 
@@ -147,13 +148,6 @@ class SWAN(Optimizer):
         _check_options(defaults)
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # torch's own, which it adds to the defaults on the way
-                    group.setdefault(key, value)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """
         Adds a group, in the middle of training too.
@@ -167,7 +161,7 @@ class SWAN(Optimizer):
         """
         merged = {**self.defaults, **param_group}
         _check_options(merged)
-        super().add_param_group({**param_group, "params": with_names(self.param_groups, param_group["params"])})
+        super().add_param_group({**param_group, "params": self._with_names(param_group["params"])})
         group = self.param_groups[-1]
         if "routes" not in group:
             group["routes"], group["reasons"] = routes_of_group(group)
@@ -182,34 +176,10 @@ class SWAN(Optimizer):
             if route != ADAM:
                 layout_of(route)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """
-        One update.
-
-        Args:
-            closure (callable, *optional*): Recomputes the loss and the gradients, and returns the loss. Called once.
-
-        Returns:
-            `float` or `None`: What the closure returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._advance()
-        return loss
-
     def routes(self) -> list[Route]:
         """Where each parameter goes and why, in the order of the groups."""
         return [
-            Route(parameter_name(group, group_index, index), param, group["routes"][index], group["reasons"][index])
+            Route(self._name(group_index, index), param, group["routes"][index], group["reasons"][index])
             for group_index, index, param in self._params()
             for group in [self.param_groups[group_index]]
         ]
@@ -238,12 +208,6 @@ class SWAN(Optimizer):
                 if saved is not None and self.state[param][key].dtype != torch.promote_types(saved.dtype, param.dtype):
                     self.state[param][key] = saved.to(device=param.device, copy=True)
 
-    def _params(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Group index, index in the group, tensor."""
-        for group_index, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
-                yield group_index, index, param
-
     def _advance(self) -> None:
         self._warn_not_finite()
         self._update(self._params())
@@ -262,7 +226,7 @@ class SWAN(Optimizer):
                 self._make_state(param, group["routes"][index] == ADAM)
             if param.grad is None:
                 continue
-            name = parameter_name(group, group_index, index)
+            name = self._name(group_index, index)
             check_gradient(param, name, type(self).__name__)
             if group["routes"][index] == ADAM:
                 self._collect_for_adam(rest.setdefault(group_index, AdamBatch()), param)
@@ -351,14 +315,10 @@ class SWAN(Optimizer):
 
     def _tell_not_finite(self, names: list[str]) -> None:
         """One warning per step, with tensors that no earlier one named."""
-        warned: set[str] = self.__dict__.setdefault("_warned_not_finite", set())
-        new = [name for name in names if name not in warned]
-        warned.update(new)
+        new = self._new_names(names)
         if new:
             logger.warning(
-                "The gradient of %s%s has inf or NaN: not updated in this step, nor in later ones like it.",
-                ", ".join(new[:3]),
-                f" and of {len(new) - 3} more tensors" if len(new) > 3 else "",
+                "The gradient of %s has inf or NaN: not updated in this step, nor in later ones like it.", new
             )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -39,25 +37,3 @@ def check_gradient(param: Tensor, name: str, optimizer: str) -> None:
         raise RuntimeError(
             f"{optimizer} needs real parameters but {name} is {param.dtype}; store it as real and view it as complex"
         )
-
-
-def parameter_name(group: dict[str, object], group_index: int, index: int) -> str:
-    """The name that the group keeps, or `group0.3`."""
-    names = group.get("param_names")
-    return str(names[index]) if isinstance(names, list) else f"group{group_index}.{index}"
-
-
-def with_names(groups: list[dict[str, Any]], params: Any) -> list[Any]:
-    """
-    The parameters of a new group, with names where the other groups have them (a trainer adds them): torch wants all
-    or none.
-
-    Raises:
-        `TypeError`: They are a set, whose order is another in every process.
-    """
-    if isinstance(params, (set, frozenset)):
-        raise TypeError("params must be in an order that a checkpoint can rely on, but they are a set; pass a list")
-    params = [params] if isinstance(params, Tensor) else list(params)
-    if not groups or "param_names" not in groups[0]:
-        return params
-    return [p if isinstance(p, tuple) else (f"group{len(groups)}.{i}", p) for i, p in enumerate(params)]
