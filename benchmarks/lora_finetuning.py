@@ -5,8 +5,8 @@ A LoRA adapter: a base model trained on code, the adapter on documentation; each
     python benchmarks/lora_finetuning.py --rank 16
 
 Held-out loss in nats per byte. "A frozen" is SGD-SaI as its published implementations train an adapter. SWAN's
-policies: B whitened and Adam for A, both whitened, and B with GradNorm over its few columns, which is the plain reading
-of the paper. Writes `benchmarks/results/lora_finetuning_r<rank>.json` and `.md`.
+policies: B whitened and Adam for A, both whitened, and B with GradNorm over its few columns, the plain reading of the
+paper. Writes `benchmarks/results/lora_finetuning_r<rank>.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def main() -> None:
     table = markdown_table(["optimizer", "learning rate", "held-out loss", "by learning rate, seed 0"], rows)
     text = (
         f"LoRA r = {args.rank} on a byte-level LLaMA (4 layers, 128 wide, {args.base_steps} steps on code), "
-        f"{args.steps} steps of 16 x {LENGTH} bytes of documentation; {before:.3f} before; mean of {args.seeds} seeds at "
-        f"the best of three learning rates.\n\n{table}"
+        f"{args.steps} steps of 16 x {LENGTH} bytes of documentation; {before:.3f} before; mean of {args.seeds} seeds "
+        f"at the best of three learning rates.\n\n{table}"
     )
     print(f"\n{text}")
     results = {"machine": machine("transformers", "peft"), "setting": vars(args), "before": before, "methods": results}
