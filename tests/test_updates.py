@@ -285,3 +285,35 @@ def test_works_under_torch_compile():
     for param, other in zip(params, same, strict=True):
         torch.testing.assert_close(param, other)
     assert compiled.gsnr_statistics() == eager.gsnr_statistics()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_learning_rate_that_is_a_tensor_gives_the_same_and_is_never_read_back(momentum, monkeypatch):
+    params, same = mixed_params(), mixed_params()
+    rate = torch.tensor(0.01, dtype=torch.float64)
+    by_tensor = SGDSaI(params, lr=rate, weight_decay=0.1, momentum=momentum)
+    by_number = SGDSaI(same, lr=0.01, weight_decay=0.1, momentum=momentum, fused=False, foreach=False)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        for param, other in zip(params, same, strict=True):
+            gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad, other.grad = (torch.empty_like(each).copy_(gradient) for each in (param, other))
+        if step == 2:  # in place, as a schedule has to do it inside a graph
+            rate.fill_(0.003)
+            by_number.param_groups[0]["lr"] = 0.003
+        with monkeypatch.context() as patch:
+            if step:  # all is measured: what is left must not wait for the device
+                for name in ("item", "tolist", "__float__", "__bool__"):
+                    patch.setattr(torch.Tensor, name, lambda *args: pytest.fail("a tensor was read back"))
+            by_tensor.step()
+        by_number.step()
+    for param, other in zip(params, same, strict=True):
+        torch.testing.assert_close(param, other, rtol=TOLERANCE[param.dtype], atol=TOLERANCE[param.dtype])
+    resumed = SGDSaI(mixed_params(), lr=0.003, momentum=momentum)
+    resumed.load_state_dict(by_tensor.state_dict())
+    assert resumed.param_groups[0]["lr"] == rate
+    if momentum:
+        kept = [
+            (a["decay"], b["decay"]) for a, b in zip(resumed.state.values(), by_tensor.state.values(), strict=True)
+        ]
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in kept)

@@ -71,8 +71,9 @@ class SGDSaI(NamedOptimizer):
     Args:
         params (iterable of `torch.Tensor`, of `("name", tensor)` pairs, or of group `dict`s):
             What to optimize. Names appear in warnings and in [`~SGDSaI.gsnr_statistics`].
-        lr (`float`, *optional*, defaults to 1e-2):
-            Learning rate, before `scale`.
+        lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-2):
+            Learning rate, before `scale`. A tensor without dimensions on the parameters' device is not read back, so
+            that steps after the measuring ones can be captured in a CUDA graph; these take the plain path.
         momentum (`float`, *optional*, defaults to 0.9):
             Decay of the momentum buffer, in [0, 1). 0 keeps no buffer.
         weight_decay (`float`, *optional*, defaults to 1e-2):
@@ -119,7 +120,7 @@ class SGDSaI(NamedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 1e-2,
         eps: float = 1e-8,
@@ -287,7 +288,10 @@ class SGDSaI(NamedOptimizer):
         """
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for saved_id, (group_index, _, param) in zip(saved_ids, self._params(), strict=True):
-            saved = state_dict["state"].get(saved_id, {}).get("momentum_buffer")
+            saved_state = state_dict["state"].get(saved_id, {})
+            if isinstance(saved_state.get("decay"), Tensor):
+                self.state[param]["decay"] = saved_state["decay"].to(device=param.device, copy=True)
+            saved = saved_state.get("momentum_buffer")
             if saved is None or saved.dtype == param.dtype:
                 continue
             asked_for = _dtype_name(saved.dtype) == self.param_groups[group_index]["state_dtype"]
@@ -351,8 +355,13 @@ class SGDSaI(NamedOptimizer):
                 state.update(self._new_state(group_index, index))
                 if group["momentum"] != 0:
                     self._add_buffer(group, param)
-            if param.grad is not None and (
-                state["gsnr_step"] == 0 or (state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"])
+            if (
+                param.grad is not None
+                and param.numel()
+                and (
+                    state["gsnr_step"] == 0
+                    or (state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"])
+                )
             ):
                 check_gradient(param, self._name(group_index, index), type(self).__name__)
                 unsettled.append((group_index, index, param))
@@ -538,7 +547,10 @@ def _coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, st
 
     A pending tensor, whose gradient is zero and whose scale is 0, only decays.
     """
-    lr, momentum, weight_decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        return _tensor_coefficients(group, state, scale, starts)
+    lr = float(lr)
     if not scale or not momentum:
         scale = scale or 1.0
         return Coefficients(0.0, weight_decay / scale, lr * scale)
@@ -547,8 +559,25 @@ def _coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, st
         coefficients = Coefficients(0.0, ratio, lr * scale)
     else:
         pull = ratio - momentum * state["decay_ratio"]
-        coefficients = Coefficients(momentum * (1.0 - state["decay"]), pull, lr * scale)
+        coefficients = Coefficients(momentum * (1.0 - float(state["decay"])), pull, lr * scale)
     state["decay_ratio"], state["decay"] = ratio, lr * weight_decay
+    return coefficients
+
+
+def _tensor_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, starts: bool) -> Coefficients:
+    """The same for a learning rate on the device: what the next step needs stays there, in a tensor of its own."""
+    lr, momentum = group["lr"].detach(), group["momentum"]
+    if not scale or not momentum:
+        scale = scale or 1.0
+        return Coefficients(0.0, group["weight_decay"] / scale, lr * scale)
+    ratio = group["weight_decay"] / scale
+    if not isinstance(state["decay"], Tensor):
+        state["decay"] = torch.full_like(lr, state["decay"])
+    keep = momentum * (1.0 - state["decay"])
+    pull = ratio - momentum * state["decay_ratio"]
+    coefficients = Coefficients(0.0, ratio, lr * scale) if starts else Coefficients(keep, pull, lr * scale)
+    state["decay_ratio"] = ratio
+    state["decay"].copy_(lr).mul_(group["weight_decay"])
     return coefficients
 
 

@@ -24,6 +24,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,13 @@ class Coefficients:
     """
     Of one tensor's update: `M <- keep * M + weight * g + pull * p`, then `p <- p - step_size * M`.
 
-    `weight` is the batch's. Without a buffer `M` is `g + pull * p`.
+    `weight` is the batch's. Without a buffer `M` is `g + pull * p`. With a learning rate that is a tensor, as CUDA
+    graphs need it, `keep` and `step_size` are tensors without dimensions, and nothing is read back from the device.
     """
 
-    keep: float
+    keep: Any  # float or Tensor
     pull: float
-    step_size: float
+    step_size: Any  # float or Tensor
 
 
 @dataclass
@@ -107,8 +109,10 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
             means all that can, and compiles for low precision, which the kernel can't do.
     """
     by_path: dict[str, list[int]] = {"single": [], "foreach": [], "fused": [], "compiled": []}
-    for index, (param, grad, buffer, _) in enumerate(batch):
-        by_path[_path(param, grad, buffer, batch, foreach, fused)].append(index)
+    for index, (param, grad, buffer, coefficients) in enumerate(batch):
+        by_tensor = isinstance(coefficients.step_size, Tensor)  # no kernel takes one per tensor
+        path = "single" if by_tensor else _path(param, grad, buffer, batch, foreach, fused)
+        by_path[path].append(index)
     if by_path["compiled"]:
         _compiled(batch.take(by_path["compiled"]))
     if by_path["fused"]:
@@ -285,7 +289,10 @@ def _step(batch: Batch, c: Coefficients, param: Tensor, grad: Tensor, buffer: Te
         direction, sign = average, 1.0
     elif c.pull:
         values.mul_(1.0 - c.step_size * c.pull)
-    values.add_(direction, alpha=-sign * c.step_size)
+    if isinstance(c.step_size, Tensor):
+        values.addcmul_(direction, c.step_size.to(wide), value=-sign)
+    else:
+        values.add_(direction, alpha=-sign * c.step_size)
     if values is param:
         return
     if batch.stochastic_rounding and param.dtype == torch.bfloat16:
