@@ -82,6 +82,21 @@ def blocks_of_tokens(texts: Dataset, tokenizer: PreTrainedTokenizerBase, column:
     return texts.map(cut, batched=True, remove_columns=texts.column_names, desc="Cutting texts into blocks")
 
 
+def prepare(texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, column: str, block_size: int) -> DatasetDict:
+    """`train` and `test` as blocks of tokens; 256 blocks are enough for the held-out loss."""
+    data = DatasetDict(
+        {part: blocks_of_tokens(texts[part], tokenizer, column, block_size) for part in ("train", "test")}
+    )
+    data["test"] = data["test"].select(range(min(256, len(data["test"]))))
+    return data
+
+
+def load_splits(name: str, config: str | None, seed: int) -> DatasetDict:
+    """A data set of the Hub (or of a folder) as `train` and `test`; where it has no `test`, 2% are held out."""
+    data = load_dataset(name, config)
+    return data if "test" in data else data["train"].train_test_split(test_size=0.02, seed=seed)
+
+
 def make_trainer(model: Any, args: TrainingArguments, data: DatasetDict, tokenizer: Any) -> hf_sai.SaITrainer:
     """A Trainer that checks the optimizer, writes the g-SNR report and adds it to the model card."""
     return hf_sai.SaITrainer(
@@ -97,20 +112,18 @@ def make_trainer(model: Any, args: TrainingArguments, data: DatasetDict, tokeniz
 def pretrain(output_dir: str, steps: int, optim: str = "sgd_sai", learning_rate: float = 0.01) -> dict[str, Any]:
     """Trains the small byte-level model on Python code and saves it; returns losses and the optimizer's bytes."""
     tokenizer = offline.byte_tokenizer()
-    texts = offline.standard_library_source()
-    data = DatasetDict({part: blocks_of_tokens(texts[part], tokenizer, "text", 128) for part in texts})
-    data["test"] = data["test"].select(range(min(256, len(data["test"]))))
+    data = prepare(offline.standard_library_source(), tokenizer, "text", 128)
     changed = {"output_dir": output_dir, "optim": optim, "learning_rate": learning_rate, "max_steps": steps}
     args = TrainingArguments(**{**DEFAULTS, **changed, "warmup_steps": steps // 10, "save_strategy": "no"})
     trainer = make_trainer(offline.small_llama(len(tokenizer)), args, data, tokenizer)
     return train_and_evaluate(trainer)
 
 
-def train_and_evaluate(trainer: hf_sai.SaITrainer) -> dict[str, Any]:
-    """Held-out loss before and after training, and the bytes of the optimizer's state; saves or pushes."""
-    before = trainer.evaluate()["eval_loss"]
+def train_and_evaluate(trainer: Any, metric: str = "eval_loss") -> dict[str, Any]:
+    """A held-out metric before and after training, and the bytes of the optimizer's state; saves or pushes."""
+    before = trainer.evaluate()[metric]
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    after = trainer.evaluate()["eval_loss"]
+    after = trainer.evaluate()[metric]
     if trainer.args.push_to_hub:
         trainer.push_to_hub()  # saves, writes the card, and uploads all in one commit
     else:
@@ -127,16 +140,8 @@ def finetune(script_args: ScriptArguments, args: TrainingArguments) -> dict[str,
     if script_args.dataset_name is None:
         texts = offline.documentation()
     else:
-        texts = load_dataset(script_args.dataset_name, script_args.dataset_config)
-        if "test" not in texts:
-            texts = texts["train"].train_test_split(test_size=0.02, seed=args.seed)
-    data = DatasetDict(
-        {
-            part: blocks_of_tokens(texts[part], tokenizer, script_args.text_column, script_args.block_size)
-            for part in ("train", "test")
-        }
-    )
-    data["test"] = data["test"].select(range(min(256, len(data["test"]))))
+        texts = load_splits(script_args.dataset_name, script_args.dataset_config, args.seed)
+    data = prepare(texts, tokenizer, script_args.text_column, script_args.block_size)
     adapter = LoraConfig(
         r=script_args.lora_r, lora_alpha=script_args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def history_png(report: GSNRReport) -> bytes:
         label = kind.replace("$", r"\$")
         axes.plot(steps, [entry["kinds"].get(kind, math.nan) for entry in drift], marker=".", label=label)
     axes.axhline(1.0, color="#888888", lw=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("g-SNR, ratio to the first measurement")
     others = f"; the {len(apart)} kinds that moved most" if len(last) > len(apart) else ""

@@ -248,7 +248,7 @@ class GSNRReport:
             counts = self.summary()
             whitened = f"{counts['whitened']:.0f} whitened ({counts['whitened_share']:.1%} of the elements)"
             lines += [f"{len(self.routes)} tensors: {whitened}, {counts['adam']:.0f} to Adam", state, ""]
-            lines.append(f"{'tensors':<32.32} {'no.':>4} {'shape':>12}  {'route':<28}")
+            lines.append(f"{'tensors':<32.32} {'no.':>4} {'shape':>12}  route")
             for entry in self.by_route():
                 route = f"{entry['route']}: {entry['reason']}"
                 kind = _cut(entry["kind"], 32)
