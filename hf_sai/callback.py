@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from .config import SaIConfig
 from .integration import assert_optimizer, check_sharded, name_parameters, unwrap_optimizer
 from .optim.measure import measure_gsnr
 from .optim.registry import OptionError, list_records, record_of
-from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError
+from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, copy_whole
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +57,8 @@ class GSNRCallback(TrainerCallback):
         self.report: GSNRReport | None = None
         self._drawn: GSNRReport | None = None
         self._tracked: dict[str, Any] | None = None
+        # Where a trainer that knows it resumes from; the run's own folder may be another then.
+        self.resumed_from: str | os.PathLike[str] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,7 +79,8 @@ class GSNRCallback(TrainerCallback):
             name_parameters(live, kwargs["model"])
         if _measurements(live):  # resumed: what it was measured on stands in the report of then
             self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live))
-            self.report = _with_earlier_facts(self.report, args.output_dir, state.global_step)
+            for folder in (self.resumed_from, args.output_dir):
+                self.report = _with_earlier_facts(self.report, folder, state.global_step)
             self._write_report(args, state)
         elif self.config.gsnr_premeasure_batches:
             premeasure(live, kwargs["model"], kwargs["train_dataloader"], self.config.gsnr_premeasure_batches, args)
@@ -148,8 +150,7 @@ class GSNRCallback(TrainerCallback):
                 self._drawn = self.report
             if Path(directory).resolve() != Path(output_dir).resolve():
                 for name in (REPORT_JSON, REPORT_PNG, HISTORY_PNG):
-                    if (Path(output_dir) / name).is_file():
-                        shutil.copy(Path(output_dir) / name, Path(directory) / name)
+                    copy_whole(Path(output_dir) / name, Path(directory) / name)
 
     def _write_report(self, args: TrainingArguments, state: TrainerState) -> None:
         """The picture takes about a second, and so is drawn for the first measuring step and with every save."""
@@ -186,13 +187,13 @@ def _put_aside_reports(output_dir: Path) -> None:
             logger.warning("%s is of an earlier run with another optimizer: renamed to _%s.", name, name)
 
 
-def _with_earlier_facts(report: GSNRReport, output_dir: str, step: int) -> GSNRReport:
+def _with_earlier_facts(report: GSNRReport, folder: str | os.PathLike[str] | None, step: int) -> GSNRReport:
     """
-    A resumed run's report: facts and history from the run's file, where that is of the same measurement, up to the
-    step that is resumed from.
+    A resumed run's report: facts and history from the file in a folder, where that is of the same measurement, up to
+    the step that is resumed from.
     """
     try:
-        before = GSNRReport.load(output_dir)
+        before = GSNRReport.load(folder) if folder is not None else report
     except (OSError, ReportError):
         return report
     measured = [[(row.name, row.gsnr, row.step) for row in each.tensors] + each.routes for each in (before, report)]

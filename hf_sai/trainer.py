@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ class SaITrainerMixin:
         name = optim_name(self.args)
         overridden = getattr(self, "optimizer_cls_and_kwargs", None) is not None
         return name if not overridden and name in {record.name for record in list_records()} else None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; a resumed run's report keeps what the checkpoint's says of the measurement."""
+        given = isinstance(resume_from_checkpoint, (str, os.PathLike))
+        self.gsnr_callback.resumed_from = resume_from_checkpoint if given else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Any:
         """

@@ -499,9 +499,6 @@ def test_each_training_of_a_search_has_a_fresh_optimizer_and_report(tmp_path, op
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="GSNRCallback looks for the facts of the measurement in the new output_dir only"
-)
 @both
 def test_resuming_into_another_folder_keeps_the_facts_of_the_measurement(tmp_path, optim):
     first = train(tmp_path / "first", optim, save_strategy="steps", save_steps=3)

@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sai import GSNRReport, SaITrainer
+from hf_sai.report import copy_whole
 
 
 STEPS = 12
@@ -150,13 +151,25 @@ def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path, processes, whole
     assert reports[0] == reports[1] == reports[2]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="GSNRCallback.write copies into the checkpoint in place: shutil.copy truncates first"
-)
 @pytest.mark.parametrize("name", ["gsnr_report.json", "gsnr_report.png"])
-def test_a_report_in_a_complete_checkpoint_is_never_half_written(tmp_path, processes, name):
-    """The report is written into a checkpoint before the host's last file, and again after it."""
-    run_killed(processes, tmp_path, 2, write=(f"checkpoint-4/{name}", 2))
+def test_a_report_in_a_checkpoint_is_whole_or_not_there(tmp_path, processes, name):
+    """It is written beside its place and moved there; killed in between, the checkpoint has none and is not complete."""
+    run_killed(processes, tmp_path, 2, write=(f"checkpoint-4/_{name}", 1))
+    assert not (tmp_path / "checkpoint-4" / name).exists()
     checkpoint, newer = complete_checkpoint(tmp_path)
-    assert (checkpoint.name, newer) == ("checkpoint-4", 0)
+    assert (checkpoint.name, newer) == ("checkpoint-2", 1)
     assert (checkpoint / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_report_that_is_there_already_is_not_written_again(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"report")
+    copy_whole(source, target)
+    first = target.stat()
+    copy_whole(source, target)
+    assert target.stat().st_ino == first.st_ino  # a second write would have put another file in its place
+    source.write_bytes(b"another")
+    copy_whole(source, target)
+    assert target.read_bytes() == b"another"
+    copy_whole(tmp_path / "missing", target)
+    assert target.read_bytes() == b"another"

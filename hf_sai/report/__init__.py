@@ -8,6 +8,7 @@ from .report import (
     ReportError,
     RouteRow,
     TensorRow,
+    copy_whole,
     optimizer_state_bytes,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "ReportError",
     "RouteRow",
     "TensorRow",
+    "copy_whole",
     "optimizer_state_bytes",
 ]

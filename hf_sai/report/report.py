@@ -509,6 +509,14 @@ def _write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """Copies a file that is there and differs, whole or not at all: a checkpoint may be complete already."""
+    if source.is_file():
+        content = source.read_bytes()
+        if not target.is_file() or target.read_bytes() != content:
+            _write_whole(target, content)
+
+
 def _expect(fields: dict[str, Any], key: str, kind: type) -> Any:
     if not isinstance(fields.get(key), kind):
         raise ReportError(
