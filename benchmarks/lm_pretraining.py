@@ -5,7 +5,8 @@ Language modelling from scratch: a byte-level LLaMA on the standard library's so
     python benchmarks/lm_pretraining.py --steps 1500 --optimizers adamw swan
 
 Every optimizer gets the same number of learning rates on seed 0; the best of them runs on the other seeds; and SWAN
-once more with a schedule of half the tokens. The loss is held-out, in nats per byte. Writes `benchmarks/results/lm_pretraining_<name>.json`, `.md` and `.png`.
+once more with a schedule of half the tokens. The loss is held-out, in nats per byte. Writes
+`benchmarks/results/lm_pretraining_<name>.json`, `.md` and `.png`.
 """
 
 from __future__ import annotations

@@ -146,14 +146,15 @@ def test_sft_trains_an_adapter_on_answers(examples):
     shown = script("sft.py", "--pretrain_steps 2 --max_steps 3 --per_device_train_batch_size 4 --seed 5")
     folder = examples / "demo_output" / "sft"
     report = assert_report_and_card(folder, "sgd_sai")
-    assert {("lora_A" in row.name, row.step) for row in report.tensors} == {(True, 2), (False, 1)}
+    # The first warm-up step has learning rate 0: B leaves zero in the second, and A has a gradient in the third.
+    assert {("lora_A" in row.name, row.step) for row in report.tensors} == {(True, 3), (False, 1)}
     assert (len(report.tensors), report.state_bytes) == (56, 156_160)
     assert report.learning_rate == pytest.approx(0.04)
     assert report.run["seed"] == 5
     assert report.to_text() in shown
     assert "trained using [TRL]" in (folder / "README.md").read_text()
     saved = load_file(folder / "adapter_model.safetensors")
-    assert {name: bool(value.any()) for name, value in saved.items() if "lora_B" in name}.values() == {True}
+    assert [bool(value.any()) for name, value in saved.items() if "lora_B" in name] == [True] * 28
     assert "generation" in (folder / "chat_template.jinja").read_text()
 
 
@@ -163,7 +164,7 @@ def test_sft_takes_chats_of_its_own_and_trains_without_adapter(examples):
     turns = [[("user", f"How much is {i} + 1?"), ("assistant", f"{i + 1}.")] for i in range(100)]
     rows = [{"messages": [{"role": r, "content": c} for r, c in each], "source": "made up"} for each in turns]
     (examples / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = "--max_steps 3 --max_length 32 --lora_r 0 --learning_rate 0.01 --optim_args momentum=0.5 --output_dir out"
+    flags = "--max_steps 3 --max_length 64 --lora_r 0 --learning_rate 0.01 --optim_args momentum=0.5 --output_dir out"
     script("sft.py", f"--model_name_or_path model --dataset_name data {flags}")
     report = assert_report_and_card(examples / "out", "sgd_sai")
     assert report.options["momentum"] == 0.5
@@ -243,13 +244,23 @@ def test_pretraining_takes_the_configuration_and_not_the_weights(examples, monke
 
 def test_classifier_learns_digits(examples):
     pytest.importorskip("sklearn", reason="the environment is older than the extra `examples`")
+    import numpy as np
+    import torch
+    from transformers import ViTForImageClassification, ViTImageProcessor
+
     shown = script("classify_images.py", "--max_steps 5 --warmup_steps 0")
     folder = examples / "demo_output" / "digits"
     report = assert_report_and_card(folder, "sgd_sai")
     assert {row.status for row in report.tensors} == {"measured"}
     assert report.adamw_state_bytes == 2 * report.state_bytes
-    before, after = re.search(r"accuracy ([\d.]+)% before, ([\d.]+)% after", shown).groups()
-    assert [round(float(share) * 360 / 100, 1) % 1 in (0.0, 0.1, 0.9) for share in (before, after)] == [True, True]
+    import offline
+
+    rows = offline.digits()["test"]
+    pixels = ViTImageProcessor.from_pretrained(folder)([row.convert("RGB") for row in rows["image"]])["pixel_values"]
+    with torch.no_grad():
+        outputs = ViTForImageClassification.from_pretrained(folder)(torch.tensor(np.stack(pixels))).logits
+    share = (outputs.argmax(dim=-1) == torch.tensor(rows["label"])).float().mean().item()
+    assert f"% before, {share:.1%} after" in shown
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {str(digit): str(digit) for digit in range(10)}
     assert (folder / "preprocessor_config.json").is_file()
