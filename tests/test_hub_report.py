@@ -60,3 +60,12 @@ except ValueError as error:
         "a g-SNR report must be a file, a folder or a Hub repository with gsnr_report.json, but user/other gave "
     ), done.stderr[-2000:]
     assert done.stdout.count("\n") == 1
+
+
+def test_the_command_line_reads_a_repository(report, tmp_path):
+    content = report.to_json().encode()
+    code = "import sys; from hf_sai.cli import app; sys.exit(app(['report', 'user/run', '--revision', 'v1']))"
+    with loopback_hub({("user/run", "v1", "gsnr_report.json"): content}) as (endpoint, _):
+        done = run(code, endpoint, tmp_path)
+    assert done.stdout.strip() == report.to_text()
+    assert done.returncode == 0

@@ -153,7 +153,7 @@ def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path, processes, whole
 
 @pytest.mark.parametrize("name", ["gsnr_report.json", "gsnr_report.png"])
 def test_a_report_in_a_checkpoint_is_whole_or_not_there(tmp_path, processes, name):
-    """It is written beside its place and moved there; killed in between, the checkpoint has none, nor is it complete."""
+    """It is written beside its place and moved there; killed in between, the checkpoint has none and is not whole."""
     run_killed(processes, tmp_path, 2, write=(f"checkpoint-4/_{name}", 1))
     assert not (tmp_path / "checkpoint-4" / name).exists()
     checkpoint, newer = complete_checkpoint(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,12 +52,15 @@ def _wrapped(text: str, indent: str) -> str:
 
 
 @app.command()
-def report(path: Annotated[Path, typer.Argument(help="gsnr_report.json, or the folder that holds it")]) -> None:
-    """The scale of every kind of tensor in a g-SNR report."""
+def report(
+    source: Annotated[str, typer.Argument(help="gsnr_report.json, the folder that holds it, or a Hub repository")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository")] = None,
+) -> None:
+    """The report of a run: the scale, or with SWAN the route, of every kind of tensor."""
     from ..report import GSNRReport, ReportError
 
     try:
-        loaded = GSNRReport.load(path)
+        loaded = GSNRReport.from_pretrained(source, revision=revision)
     except (ReportError, OSError) as error:
         typer.echo(f"hf-sai: {error}", err=True)
         raise typer.Exit(1) from None
