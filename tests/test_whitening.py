@@ -86,7 +86,7 @@ def flat_but_one(m, n, condition):
 @pytest.mark.parametrize("shape", [(64, 100), (256, 256)])
 def test_polar_express_brings_singular_values_to_one(condition, spectrum, shape):
     matrix = spectrum(*shape, condition).float()
-    for dtype, least in ((None, 0.94), (torch.bfloat16, 0.9)):
+    for dtype, least in ((None, 0.94), (torch.bfloat16, 0.75)):
         values = torch.linalg.svdvals(grad_whitening(matrix, "polar_express", dtype=dtype))
         assert least < values.min() <= values.max() < 1.06
 
@@ -178,3 +178,18 @@ def test_bad_options_are_refused():
             ValueError, match=r"ns_steps must be a whole number >= 1 or None but is .*the method's own, 6"
         ):
             grad_whitening(torch.randn(2, 3), steps=steps)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (4, 128), (128, 4), (8, 50), (32, 32), (64, 128)])
+def test_bf16_never_leaves_the_interval_where_the_polynomials_explode(shape):
+    """The rounding of a small matrix adds up in one direction: adapters of rank 4 came to NaN by it."""
+    generator = torch.Generator().manual_seed(0)
+    for kind in ("gaussian", "rows", "columns"):
+        matrices = torch.randn(1000, *shape, generator=generator)
+        if kind == "rows":
+            matrices *= torch.logspace(0, -3, shape[0]).unsqueeze(-1)
+        elif kind == "columns":
+            matrices *= torch.logspace(0, -3, shape[1])
+        for given in (matrices, grad_norm(matrices)):
+            values = torch.linalg.svdvals(grad_whitening(given, "polar_express", dtype=torch.bfloat16))
+            assert values.max() < 1.1  # NaN is not, either
