@@ -37,8 +37,8 @@ POLAR_EXPRESS = (
     (1.8765615799748472, -1.2517339963828547, 0.3751734419254348),
     (1.875, -1.25, 0.375),
 )
-# Rounding can carry a singular value out of the interval, where the polynomials explode: all but the last are applied to
-# a matrix that is this much smaller. In bfloat16 the terms of the first ones, ten times larger than their sum, leave
+# Rounding can carry a singular value out of the interval, where the polynomials explode: all but the last are applied
+# to a matrix that is this much smaller. In bfloat16 the terms of the first ones, ten times larger than their sum, leave
 # an error of up to 6%.
 SAFETY = {torch.bfloat16: 1.07}
 DEFAULT_SAFETY = 1.01
