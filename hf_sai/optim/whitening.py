@@ -38,8 +38,8 @@ POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 # Rounding can carry a singular value out of the interval, where the polynomials explode: all but the last are applied
-# to a matrix that is this much smaller. In bfloat16 the terms of the first ones, ten times larger than their sum, leave
-# an error of up to 6%.
+# to a matrix that is this much smaller. In bfloat16 the terms of the first ones, ten times larger than their sum,
+# leave an error of up to 6%.
 SAFETY = {torch.bfloat16: 1.07}
 DEFAULT_SAFETY = 1.01
 
