@@ -187,7 +187,7 @@ _SWAN = OptimizerRecord(
         Option("split_qkv", "true or false", _to_bool, "whiten fused query, key and value one by one", True),
     ),
     paper="2412.13148",
-    learning_rate_hint="the learning rate that is right for AdamW is a good start",
+    learning_rate_hint="start at the rate that is right for AdamW; for LoRA at a third of it",
     routed=True,
 )
 
