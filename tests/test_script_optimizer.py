@@ -180,8 +180,9 @@ def test_a_script_that_built_none_of_ours_ends_with_an_error(tmp_path, monkeypat
     assert "so it did not train with sgd_sai; choose torch's AdamW" in capsys.readouterr().err
 
 
-def test_a_script_may_build_one_of_ours_by_itself(tmp_path, monkeypatch):
+def test_a_script_may_build_one_of_ours_by_itself(tmp_path, monkeypatch, capsys):
     launched(tmp_path, monkeypatch, STEP_OF_OURS)
+    assert "did not train" not in capsys.readouterr().err
 
 
 def test_the_scripts_own_help_and_failures_are_not_ours_to_judge(tmp_path, monkeypatch):

@@ -73,14 +73,6 @@ class Sharding:
             torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MIN, group=group)
         return counts.bool()
 
-    def like(self, param: Tensor, piece: Tensor) -> Tensor:
-        """A DTensor laid out as `param`, from this rank's piece."""
-        from torch.distributed.tensor import DTensor
-
-        return DTensor.from_local(
-            piece, self.mesh, self.placements, run_check=False, shape=param.shape, stride=param.stride()
-        )
-
     def _by_piece(self) -> list[Any]:
         from torch.distributed.tensor import Shard
 
