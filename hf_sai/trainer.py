@@ -30,7 +30,8 @@ class SaITrainerMixin:
     With another optimizer it is the plain trainer, but for the token.
 
     Args:
-        args, kwargs: The trainer's own.
+        *args: The trainer's own.
+        **kwargs: The trainer's own.
         sai_config (`SaIConfig`, *optional*): What the run does besides: tracking, measuring before the first update.
 
     Example:

@@ -8,6 +8,8 @@ import tempfile
 
 
 _HOME = tempfile.mkdtemp(prefix="hf_sai_tests_")
+# Tests run side by side: one thread each, in the processes that they start too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before any Hugging Face library is imported: they read these once.
 os.environ.update(
     {
