@@ -78,7 +78,7 @@ def test_state_bytes_of_any_optimizer():
 def test_json_round_trip_is_exact(report, tmp_path):
     path = report.save(tmp_path)
     assert GSNRReport.load(path) == GSNRReport.load(tmp_path) == report
-    assert json.loads(path.read_text())["schema"] == 1
+    assert json.loads(path.read_text())["schema"] == 2
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gsnr_report.json", "gsnr_report.png"]
 
 
@@ -106,17 +106,26 @@ def change(content, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema"], 2, "schema must be 1 but is 2"),
-        (["schema"], KeyError, "schema must be 1 but is None"),
+        (["schema"], 3, "schema must be 1 or 2 but is 3"),
+        (["schema"], KeyError, "schema must be 1 or 2 but is None"),
+        (["schema"], True, "schema must be 1 or 2 but is True"),
         (["tensors"], None, "tensors of a g-SNR report must be a list"),
         (["tensors"], KeyError, "tensors of a g-SNR report must be a list"),
         (["tensors", 0], "x", r"tensors\[0\] of a g-SNR report must be a dict"),
-        (["tensors", 1, "gsnr"], "1.0", r"tensors\[1\].gsnr of a g-SNR report must be float but is '1.0'"),
-        (["tensors", 1, "numel"], True, r"tensors\[1\].numel of a g-SNR report must be int"),
-        (["tensors", 0, "shape"], [1.5], r"tensors\[0\].shape of a g-SNR report must hold whole numbers"),
-        (["tensors", 0, "step"], KeyError, r"tensors\[0\] of a g-SNR report has fields missing or unknown: step"),
-        (["options"], [], "options of a g-SNR report must be dict"),
-        (["extra"], 1, "fields missing or unknown: extra"),
+        (["tensors", 1, "gsnr"], "1.0", r"tensors\[1\].gsnr of a g-SNR report must be a number from 0 .* is '1.0'"),
+        (["tensors", 1, "scale"], 0.0, r"tensors\[1\].scale of a g-SNR report must be above 0 where .* is measured"),
+        (["tensors", 1, "numel"], True, r"tensors\[1\].numel of a g-SNR report must be a whole number from 0"),
+        (
+            ["tensors", 1, "numel"],
+            23,
+            r"tensors\[1\].numel of a g-SNR report must be the product of the shape",
+        ),
+        (["tensors", 0, "shape"], [1.5], r"tensors\[0\].shape of a g-SNR report must be a list of at most 64 whole"),
+        (["tensors", 0, "status"], "new", r"tensors\[0\].status of a g-SNR report must be one of measured, given"),
+        (["tensors", 0, "step"], KeyError, r"tensors\[0\] of a g-SNR report must .* but has missing: \['step'\]"),
+        (["options"], [], "options of a g-SNR report must be a dict"),
+        (["run"], {"a": [{"b": float("nan")}]}, "run.a of a g-SNR report must be a finite number but is nan"),
+        (["extra"], 1, r"the top of a g-SNR report must have its own fields but has unknown: \['extra'\]"),
     ],
 )
 def test_a_damaged_file_names_the_field(report, path, value, message):
@@ -226,7 +235,7 @@ def test_swans_report_survives_as_json_and_draws_nothing(swan_report, tmp_path):
     assert GSNRReport.load(swan_report.save(tmp_path)) == swan_report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gsnr_report.json"]
     broken = swan_report.to_json().replace('"route": "matrix"', '"route": 5', 1)
-    with pytest.raises(ReportError, match=r"routes\[\d+\]\.route of a g-SNR report must be str but is 5"):
+    with pytest.raises(ReportError, match=r"routes\[\d+\]\.route of a g-SNR report must be text but is 5"):
         GSNRReport.from_json(broken)
 
 
