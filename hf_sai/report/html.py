@@ -38,13 +38,19 @@ def report_html(report: GSNRReport) -> str:
     return environment.get_template("report.html.jinja").render(
         report=report,
         facts=_facts(report),
-        settings={**report.options, "weight_decay": report.weight_decay, **report.run},
+        settings=[
+            *report.options.items(),
+            ("weight_decay", report.weight_decay),
+            *report.run.items(),
+            *report.versions.items(),
+        ],
         memory=_memory(report),
         map=_map(report, rows),
         depth=_depth(report),
         drift=_drift(report),
         by_route=report.by_route(),
-        total=sum(row.numel for row in report.routes),
+        total=sum(row.numel for row in report.routes) or 1,
+        largest=max((entry["numel"] for entry in report.by_route()), default=1) or 1,
         columns=_ROUTE_COLUMNS if report.routes else _TENSOR_COLUMNS,
         rows=[_route_cells(row) if report.routes else _tensor_cells(report, row) for row in rows[:MAX_ROWS]],
         count=len(rows),
@@ -60,7 +66,9 @@ def _facts(report: GSNRReport) -> list[tuple[str, str]]:
             ("to Adam", f"{counts['adam']:.0f} tensors"),
         ]
     else:
-        facts.append(("tensors", ", ".join(f"{counts[status]:.0f} {status}" for status in STATUSES if counts[status])))
+        facts.append(
+            ("tensors", ", ".join(f"{counts[status]:,.0f} {status}" for status in STATUSES if counts[status]))
+        )
         settled = [row for row in report.tensors if row.status != "pending"]
         if settled:
             ratios = [row.gsnr_over_sqrt_numel for row in settled]
@@ -149,7 +157,8 @@ def _depth(report: GSNRReport) -> dict[str, Any] | None:
     kinds = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in settled))}
     ratios = [row.gsnr_over_sqrt_numel for row in settled]
     axis = _Axis(min([*ratios, 1.0]), max([*ratios, 1.0]))
-    step = (WIDTH - MARGIN - 10) / len(layers)
+    width = min(WIDTH, max(330, MARGIN + 10 + 60 * len(layers)))
+    step = (width - MARGIN - 10) / len(layers)
     marks = []
     for row, ratio in zip(settled, ratios, strict=True):
         beside = (kinds[row.kind] + 0.5) / len(kinds) * 0.8 + 0.1  # so that the kinds of a layer stand side by side
@@ -165,7 +174,7 @@ def _depth(report: GSNRReport) -> dict[str, Any] | None:
         ],
         "ticks": axis.ticks(),
         "one": axis.place(1.0),
-        "width": WIDTH,
+        "width": width,
         "height": HEIGHT,
         "margin": MARGIN,
     }
@@ -224,12 +233,12 @@ class _Axis:
 
 _TENSOR_COLUMNS = (
     ("tensor", False),
+    ("scale", True),  # on a phone only the first columns are seen at once
+    ("g-SNR / sqrt(n)", True),
+    ("g-SNR", True),
+    ("learning rate", True),
     ("layer", True),
     ("shape", True),
-    ("g-SNR", True),
-    ("g-SNR / sqrt(n)", True),
-    ("scale", True),
-    ("learning rate", True),
     ("step", True),
     ("status", False),
 )
@@ -245,15 +254,17 @@ _ROUTE_COLUMNS = (
 
 def _tensor_cells(report: GSNRReport, row: TensorRow) -> list[tuple[str, Any]]:
     """Text and sorting value per column; a value of `""` sorts last."""
-    cells = [*_first_cells(row)]
+    name, layer, shape = _first_cells(row)
     if row.status == "pending":
-        return [*cells, *[("", "")] * 5, (row.status, row.status)]
+        return [name, *[("", "")] * 4, layer, shape, ("", ""), (row.status, row.status)]
     return [
-        *cells,
-        (f"{row.gsnr:.5g}", row.gsnr),
-        (f"{row.gsnr_over_sqrt_numel:.4f}", row.gsnr_over_sqrt_numel),
+        name,
         (f"{row.scale:.4g}", row.scale),
+        (f"{row.gsnr_over_sqrt_numel:.4f}", row.gsnr_over_sqrt_numel),
+        (f"{row.gsnr:.5g}", row.gsnr),
         (_span(*(report.learning_rate_range([row]) or ())), row.learning_rate),
+        layer,
+        shape,
         (str(row.step), row.step),
         (row.status, row.status),
     ]

@@ -83,9 +83,14 @@ def parse(text: str) -> dict[str, Any]:
             f"schema must be {' or '.join(map(str, range(1, SCHEMA + 1)))} but is {found}; a newer hf_sai wrote it, "
             "or it is no g-SNR report"
         )
-    if schema == 1 and "schedule" not in content:
-        content["schedule"] = []
-    return {key: value for key, value in content.items() if key != "schema"}
+    fields = {key: value for key, value in content.items() if key != "schema"}
+    if schema == 1:
+        if "schedule" in fields:
+            raise ReportError(
+                "the top of a g-SNR report of schema 1 must have its own fields but has unknown: ['schedule']"
+            )
+        fields["schedule"] = []
+    return fields
 
 
 def build(cls: type[Any], fields: Any, where: str = "") -> Any:
