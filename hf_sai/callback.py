@@ -169,7 +169,10 @@ class GSNRCallback(TrainerCallback):
     def _log(self, state: TrainerState, scalars: dict[str, float]) -> None:
         if self.trainer is not None:
             # Not `self.trainer.log`: TRL's averages and clears its own metrics there, at the wrong step.
+            control = self.trainer.control
+            due = control.should_log
             Trainer.log(self.trainer, scalars)
+            control.should_log = due  # the host's own log of this step is yet to come
             return
         state.log_history.append({**scalars, "step": state.global_step})
         logger.info("g-SNR at step %d: %s", state.global_step, scalars)

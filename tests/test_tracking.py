@@ -64,7 +64,9 @@ def test_the_report_knows_the_range_of_the_schedule(tmp_path):
     report = GSNRReport.load(tmp_path)
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert report.schedule == [0.25, 1.0]
-    assert [rate / 0.05 for rate in (min(filter(None, rates)), max(rates))] == pytest.approx(report.schedule)
+    # One per step: our own scalars do not take the place of the host's log. Hosts differ in whether it is that of the
+    # step before or after.
+    assert sorted(rate / 0.05 for rate in rates) == pytest.approx([0.0, 0.25, 0.5, 0.5, 0.75, 1.0])
     row = report.tensors[0]
     assert report.learning_rate_range([row]) == pytest.approx((0.05 * row.scale / 4, 0.05 * row.scale))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer.optimizer)

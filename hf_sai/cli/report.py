@@ -61,6 +61,8 @@ def compare(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a scatter plot to this PNG")] = None,
+    revision: Revision = None,
+    other_revision: Annotated[str | None, typer.Option(help="The same of the second")] = None,
 ) -> None:
     """
     The scales of two runs, tensor by tensor.
@@ -73,7 +75,8 @@ def compare(
     with _one_sentence(2):
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib but it is not installed; pip install matplotlib")
-        diff = GSNRReport.from_pretrained(first).diff(GSNRReport.from_pretrained(second))
+        loaded = GSNRReport.from_pretrained(first, revision=revision)
+        diff = loaded.diff(GSNRReport.from_pretrained(second, revision=other_revision))
         apart = [] if fail_over is None else diff.apart(fail_over)
         if plot is not None:
             from ..report.plots import diff_png

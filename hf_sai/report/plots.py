@@ -75,7 +75,7 @@ def diff_figure(diff: ReportDiff, ratio: float | None = None) -> Figure:
     apart = [] if ratio is None else [row for row in both if row.is_apart(ratio)]
     for rows, colour, label in (
         ([row for row in both if row not in apart], POINT_COLOUR, "tensors of both"),
-        (apart, FALLBACK_COLOUR, f"further apart than {ratio:g}" if ratio is not None else ""),
+        (apart, FALLBACK_COLOUR, f"further apart than {ratio:g}, or of another shape" if ratio is not None else ""),
     ):
         if rows:
             x, y = zip(*(row.values(diff.quantity) for row in rows), strict=True)
