@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,7 +21,7 @@ from .config import SaIConfig
 from .integration import assert_optimizer, check_sharded, name_parameters, unwrap_optimizer
 from .optim.measure import measure_gsnr
 from .optim.registry import OptionError, list_records, record_of
-from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, copy_whole
+from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, copy_whole, thinned
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ class GSNRCallback(TrainerCallback):
         if kwargs.get("model") is not None:
             name_parameters(live, kwargs["model"])
         if _measurements(live):  # resumed: what it was measured on stands in the report of then
-            self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live))
+            self.report = GSNRReport.from_optimizer(
+                live, _run_facts(args, state, live), schedule_range(kwargs.get("lr_scheduler"), state.max_steps)
+            )
             for folder in (self.resumed_from, args.output_dir):
                 self.report = _with_earlier_facts(self.report, folder, state.global_step)
             self._write_report(args, state)
@@ -102,17 +105,18 @@ class GSNRCallback(TrainerCallback):
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             return
-        self._read_statistics(args, state, live)
+        self._read_statistics(args, state, live, kwargs.get("lr_scheduler"))
         tracked, self._tracked = self._tracked, None
         if tracked is not None and self.report is not None:
-            self.report = dataclasses.replace(self.report, history=[*self.report.history, tracked])
+            self.report = dataclasses.replace(self.report, history=thinned([*self.report.history, tracked]))
             self._log(state, {"gsnr/ratio_to_first_median": self.report.drift()[-1]["median"]})
 
-    def _read_statistics(self, args: TrainingArguments, state: TrainerState, live: Any) -> None:
+    def _read_statistics(self, args: TrainingArguments, state: TrainerState, live: Any, scheduler: Any) -> None:
         if not _has_news(live, self.report):
             return
         history = self.report.history if self.report is not None else []
-        self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live))
+        schedule = schedule_range(scheduler, state.max_steps)
+        self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live), schedule)
         self.report = dataclasses.replace(self.report, history=history)
         self._write_report(args, state)
         prefix = "swan" if self.report.routes else "gsnr"
@@ -165,7 +169,10 @@ class GSNRCallback(TrainerCallback):
     def _log(self, state: TrainerState, scalars: dict[str, float]) -> None:
         if self.trainer is not None:
             # Not `self.trainer.log`: TRL's averages and clears its own metrics there, at the wrong step.
+            control = self.trainer.control
+            due = control.should_log
             Trainer.log(self.trainer, scalars)
+            control.should_log = due  # the host's own log of this step is yet to come
             return
         state.log_history.append({**scalars, "step": state.global_step})
         logger.info("g-SNR at step %d: %s", state.global_step, scalars)
@@ -177,6 +184,23 @@ def _training_goes_on() -> Iterator[None]:
         yield
     except Exception:  # whatever it is, it is not worth a training run
         logger.warning("The g-SNR report could not be written; training goes on.", exc_info=True)
+
+
+def schedule_range(scheduler: Any, steps: int) -> list[float]:
+    """
+    Lowest and highest factor of the peak learning rate over the steps that move something; empty where the schedule
+    does not say so beforehand, as one that follows a metric.
+
+    Args:
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`): Of the training; one of `LambdaLR` says it.
+        steps (`int`): That the training makes; of many, 10,000 are looked at.
+    """
+    if type(scheduler) is not LambdaLR or steps < 1:
+        return []
+    places = range(0, steps, max(1, steps // 10_000))
+    factors = [float(each(step)) for each in scheduler.lr_lambdas for step in places]
+    positive = [factor for factor in factors if factor > 0.0]
+    return [min(positive), max(positive)] if positive else []
 
 
 def _put_aside_reports(output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -78,7 +79,7 @@ def test_state_bytes_of_any_optimizer():
 def test_json_round_trip_is_exact(report, tmp_path):
     path = report.save(tmp_path)
     assert GSNRReport.load(path) == GSNRReport.load(tmp_path) == report
-    assert json.loads(path.read_text())["schema"] == 1
+    assert json.loads(path.read_text())["schema"] == 2
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gsnr_report.json", "gsnr_report.png"]
 
 
@@ -106,17 +107,26 @@ def change(content, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema"], 2, "schema must be 1 but is 2"),
-        (["schema"], KeyError, "schema must be 1 but is None"),
+        (["schema"], 3, "schema must be 1 or 2 but is 3"),
+        (["schema"], KeyError, "schema must be 1 or 2 but is None"),
+        (["schema"], True, "schema must be 1 or 2 but is True"),
         (["tensors"], None, "tensors of a g-SNR report must be a list"),
         (["tensors"], KeyError, "tensors of a g-SNR report must be a list"),
         (["tensors", 0], "x", r"tensors\[0\] of a g-SNR report must be a dict"),
-        (["tensors", 1, "gsnr"], "1.0", r"tensors\[1\].gsnr of a g-SNR report must be float but is '1.0'"),
-        (["tensors", 1, "numel"], True, r"tensors\[1\].numel of a g-SNR report must be int"),
-        (["tensors", 0, "shape"], [1.5], r"tensors\[0\].shape of a g-SNR report must hold whole numbers"),
-        (["tensors", 0, "step"], KeyError, r"tensors\[0\] of a g-SNR report has fields missing or unknown: step"),
-        (["options"], [], "options of a g-SNR report must be dict"),
-        (["extra"], 1, "fields missing or unknown: extra"),
+        (["tensors", 1, "gsnr"], "1.0", r"tensors\[1\].gsnr of a g-SNR report must be a number from 0 .* is '1.0'"),
+        (["tensors", 1, "scale"], 0.0, r"tensors\[1\].scale of a g-SNR report must be above 0 where .* is measured"),
+        (["tensors", 1, "numel"], True, r"tensors\[1\].numel of a g-SNR report must be a whole number from 0"),
+        (
+            ["tensors", 1, "numel"],
+            23,
+            r"tensors\[1\].numel of a g-SNR report must be the product of the shape",
+        ),
+        (["tensors", 0, "shape"], [1.5], r"tensors\[0\].shape of a g-SNR report must be a list of at most 64 whole"),
+        (["tensors", 0, "status"], "new", r"tensors\[0\].status of a g-SNR report must be one of measured, given"),
+        (["tensors", 0, "step"], KeyError, r"tensors\[0\] of a g-SNR report must .* but has missing: \['step'\]"),
+        (["options"], [], "options of a g-SNR report must be a dict"),
+        (["run"], {"a": [{"b": float("nan")}]}, "run.a of a g-SNR report must be a finite number but is nan"),
+        (["extra"], 1, r"the top of a g-SNR report must have its own fields but has unknown: \['extra'\]"),
     ],
 )
 def test_a_damaged_file_names_the_field(report, path, value, message):
@@ -137,9 +147,45 @@ def test_other_optimizers_have_no_report():
         GSNRReport.from_optimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
 
 
+def test_markdown_is_a_table_by_kind_and_by_layer(report):
+    lines = dataclasses.replace(report, schedule=[0.5, 1.0]).to_markdown().splitlines()
+    first, second = report.tensors[:2]
+    head = "| tensors | shape | scale | g-SNR / sqrt(numel) | learning rate | step | status |"
+    place = lines.index(f"| kind {head}")
+    low, high = sorted((first.learning_rate, second.learning_rate))
+    middle = max((first, second), key=lambda row: row.scale)
+    cells = f"{middle.scale:.4g} | {middle.gsnr_over_sqrt_numel:.3f} | {low / 2:.3g} to {high:.3g} | 1 | measured |"
+    assert lines[place + 2] == f"| q | 2 | 4x6 | {cells}"
+    assert lines[place + 4] == "| late | 1 | 3 |  |  |  |  | pending |"
+    place = lines.index(f"| layer {head}")
+    assert [line.split(" | ")[0] for line in lines[place + 2 : place + 5]] == ["| none", "| 0", "| 1"]
+    assert "| optimizer state | 208 bytes (AdamW: 416 bytes) |" in lines
+
+
+def test_markdown_keeps_a_name_that_is_markup(report):
+    row = dataclasses.replace(report.tensors[0], kind="a|b<script>`x`*y*")
+    lines = dataclasses.replace(report, tensors=[row]).to_markdown().splitlines()
+    assert any(line.startswith(r"| a\|b\<script\>\`x\`\*y\* | 1 |") for line in lines)
+
+
+def test_text_shows_where_a_gradients_mean_stands_out(report):
+    rows = [
+        dataclasses.replace(report.tensors[0], name=f"layers.{i}.q.weight", gsnr_over_sqrt_numel=1.0 + i / 100)
+        for i in range(30)
+    ]
+    lines = dataclasses.replace(report, tensors=rows).to_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("largest g-SNR / sqrt(n)"))
+    assert [line.split()[0] for line in lines[place + 1 :]] == [f"layers.{i}.q.weight" for i in (29, 28, 27, 26, 25)]
+
+
+def test_a_name_that_is_markup_or_moves_the_cursor_stays_text(report):
+    row = dataclasses.replace(report.tensors[0], kind="[red]q[/red]\x1b[2J")
+    assert "[red]q[/red]?[2J " in dataclasses.replace(report, tensors=[row]).to_text()
+
+
 def test_text_fits_a_terminal(report):
     lines = report.to_text().splitlines()
-    assert max(map(len, lines[2:])) <= 80
+    assert max(map(len, lines)) <= 80
     assert any(line.startswith("q ") and " 4x6 " in line for line in lines)
 
 
@@ -222,12 +268,23 @@ def test_swans_report_holds_every_route_with_its_reason(swan_report):
     assert swan_report.summary()["whitened"] == 14.0
 
 
-def test_swans_report_survives_as_json_and_draws_nothing(swan_report, tmp_path):
+def test_swans_report_survives_as_json_with_its_picture(swan_report, tmp_path):
     assert GSNRReport.load(swan_report.save(tmp_path)) == swan_report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gsnr_report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gsnr_report.json", "gsnr_report.png"]
     broken = swan_report.to_json().replace('"route": "matrix"', '"route": 5', 1)
-    with pytest.raises(ReportError, match=r"routes\[\d+\]\.route of a g-SNR report must be str but is 5"):
+    with pytest.raises(ReportError, match=r"routes\[\d+\]\.route of a g-SNR report must be text but is 5"):
         GSNRReport.from_json(broken)
+
+
+def test_swans_picture_has_a_bar_for_the_elements_of_each_kind(swan_report):
+    axes = swan_report.plot().axes[0]
+    entries = sorted(swan_report.by_route(), key=lambda entry: -entry["numel"])
+    total = sum(row.numel for row in swan_report.routes)
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([100 * e["numel"] / total for e in entries])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [entry["kind"] for entry in entries]
+    blue = axes.patches[0].get_facecolor()
+    assert [bar.get_facecolor() == blue for bar in axes.patches] == [entry["route"] != "adam" for entry in entries]
+    assert "79.8% of 5,456 elements whitened" in swan_report.plot().get_suptitle()
 
 
 def test_swans_text_fits_a_terminal(swan_report):

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 import hf_sai
 from hf_sai import GSNRCallback, GSNRReport, OptionError, SaIConfig, SaITrainer
+from hf_sai.callback import schedule_range
 from hf_sai.optim import gradient_moments, gradient_snr, measure_gsnr
 from hf_sai.report import ReportError
 
@@ -53,6 +54,23 @@ def test_tracked_gsnr_is_that_of_the_gradients_at_these_steps(tmp_path):
     assert (tmp_path / "gsnr_history.png").read_bytes()[:4] == b"\x89PNG"
     logged = [entry for entry in trainer.state.log_history if "gsnr/ratio_to_first_median" in entry]
     assert [entry["gsnr/ratio_to_first_median"] for entry in logged] == [entry["median"] for entry in report.drift()]
+
+
+def test_the_report_knows_the_range_of_the_schedule(tmp_path):
+    """Its steps 1 to 6, of which the first moves nothing: 0, 1/2, 1, 3/4, 1/2, 1/4."""
+    args = arguments(tmp_path, warmup_steps=2, logging_steps=1)
+    trainer = SaITrainer(tiny_lora(), args, train_dataset=token_blocks())
+    trainer.train()
+    report = GSNRReport.load(tmp_path)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert report.schedule == [0.25, 1.0]
+    # One per step: our own scalars do not take the place of the host's log. Hosts differ in whether it is that of the
+    # step before or after.
+    assert sorted(rate / 0.05 for rate in rates) == pytest.approx([0.0, 0.25, 0.5, 0.5, 0.75, 1.0])
+    row = report.tensors[0]
+    assert report.learning_rate_range([row]) == pytest.approx((0.05 * row.scale / 4, 0.05 * row.scale))
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer.optimizer)
+    assert schedule_range(plateau, 6) == []
 
 
 def test_tracking_changes_no_weight_and_survives_a_resume(tmp_path):
@@ -160,12 +178,21 @@ def test_settings_are_read_from_a_command_line():
         SaIConfig(gsnr_track_steps=-1)
 
 
-@pytest.mark.parametrize("entry", [5, {}, {"step": 1}, {"step": "1", "gsnr": {}}, {"step": 1, "gsnr": {"a": None}}])
-def test_a_damaged_history_is_named(tmp_path, entry):
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (5, r"\] of a g-SNR report must be a step and g-SNR by name but is 5"),
+        ({}, r"\] of a g-SNR report must be a step and g-SNR by name but is \{\}"),
+        ({"step": 1}, r"\] of a g-SNR report must be a step and g-SNR by name"),
+        ({"step": "1", "gsnr": {}}, r"\]\.step of a g-SNR report must be a whole number from 0 but is '1'"),
+        ({"step": 1, "gsnr": {"a": None}}, r"\]\.gsnr\['a'\] of a g-SNR report must be a number from 0"),
+    ],
+)
+def test_a_damaged_history_is_named(tmp_path, entry, message):
     trainer = SaITrainer(tiny_lora(), arguments(tmp_path, max_steps=1), train_dataset=token_blocks())
     trainer.add_callback(GSNRCallback())
     trainer.train()
     content = json.loads((tmp_path / "gsnr_report.json").read_text())
     content["history"] = [entry]
-    with pytest.raises(ReportError, match=r"history\[0\] of a g-SNR report must be a step and g-SNR by name"):
+    with pytest.raises(ReportError, match=r"history\[0" + message):
         GSNRReport.from_json(json.dumps(content))

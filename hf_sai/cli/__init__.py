@@ -1,12 +1,14 @@
-"""The command line: `hf-sai run`, `hf-sai list`, `hf-sai report`."""
+"""The command line: `hf-sai run`, `list`, `report`, `compare`."""
 
 from __future__ import annotations
 
 import textwrap
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from .report import compare as _compare
+from .report import report as _report
 from .run import HELP, ScriptRequest, launch
 from .run import run as _run
 
@@ -51,17 +53,5 @@ def _wrapped(text: str, indent: str) -> str:
     return textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-@app.command()
-def report(
-    source: Annotated[str, typer.Argument(help="gsnr_report.json, the folder that holds it, or a Hub repository")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository")] = None,
-) -> None:
-    """The report of a run: the scale, or with SWAN the route, of every kind of tensor."""
-    from ..report import GSNRReport, ReportError
-
-    try:
-        loaded = GSNRReport.from_pretrained(source, revision=revision)
-    except (ReportError, OSError) as error:
-        typer.echo(f"hf-sai: {error}", err=True)
-        raise typer.Exit(1) from None
-    typer.echo(loaded.to_text())
+app.command(name="report")(_report)
+app.command(name="compare")(_compare)

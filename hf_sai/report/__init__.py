@@ -1,26 +1,32 @@
-"""The report of a run: what was measured or routed, as data (`gsnr_report.json`) and as a picture."""
+"""The report of a run: what was measured or routed, as data (`gsnr_report.json`), text, picture and page."""
 
+from .compare import DiffRow, ReportDiff
 from .report import (
     HISTORY_PNG,
     REPORT_JSON,
     REPORT_PNG,
     GSNRReport,
-    ReportError,
     RouteRow,
     TensorRow,
     copy_whole,
+    format_bytes,
     optimizer_state_bytes,
 )
+from .schema import ReportError, thinned
 
 
 __all__ = [
     "HISTORY_PNG",
     "REPORT_JSON",
     "REPORT_PNG",
+    "DiffRow",
     "GSNRReport",
+    "ReportDiff",
     "ReportError",
     "RouteRow",
     "TensorRow",
     "copy_whole",
+    "format_bytes",
     "optimizer_state_bytes",
+    "thinned",
 ]

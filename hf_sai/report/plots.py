@@ -1,4 +1,4 @@
-"""The picture of a g-SNR report: scale by kind and layer, and scale against the size of the tensor."""
+"""Pictures of a report: scales by kind, layer and size; g-SNR over time; SWAN's routes; two runs compared."""
 
 from __future__ import annotations
 
@@ -12,24 +12,36 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ..optim.routing import ADAM
+from .report import format_bytes, mean_scale, moved_most, scale_limits
+
 
 if TYPE_CHECKING:
+    from .compare import ReportDiff
     from .report import GSNRReport, TensorRow
 
 MAX_KINDS = 24
 MAX_LINES = 9
-PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97"
+PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR, ADAM_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97", "#e09f3e"
 # kind, layer -> the tensors there (several where an adapter has more than one matrix of a kind)
 Cells = dict[tuple[str, int | None], list["TensorRow"]]
 
 
 def report_png(report: GSNRReport) -> bytes:
+    """[`report_figure`] as PNG, 1500 pixels wide; of SWAN 1000."""
+    return _png(report_figure(report))
+
+
+def report_figure(report: GSNRReport) -> Figure:
     """
-    The picture as PNG, 1500 pixels wide.
+    The picture of a run.
 
     Left: one cell per kind of tensor and layer, coloured by scale; hatched where it is pending, framed in red where it
-    is a fallback. Right: scale against sqrt(numel), with the line that a gradient of zero mean would give.
+    is a fallback. Right: scale against sqrt(numel), with the line that a gradient of zero mean would give. Of SWAN:
+    the share of the elements by kind of tensor, coloured by what is whitened and what goes to Adam.
     """
+    if report.routes:
+        return _routes_figure(report)
     cells: Cells = {}
     for row in report.tensors:
         cells.setdefault((row.kind, row.layer), []).append(row)
@@ -40,6 +52,93 @@ def report_png(report: GSNRReport) -> bytes:
     _draw_cells(figure, left, report, cells, shown, hidden=len(kinds) - len(shown))
     _draw_against_size(right, report)
     figure.suptitle(_headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
+    return figure
+
+
+def diff_png(diff: ReportDiff, ratio: float | None = None) -> bytes:
+    """[`diff_figure`] as PNG, 800 pixels wide."""
+    return _png(diff_figure(diff, ratio))
+
+
+def diff_figure(diff: ReportDiff, ratio: float | None = None) -> Figure:
+    """
+    One point per tensor that both runs have: its value in the first run against that in the second, with the line
+    where they are equal.
+
+    Args:
+        diff (`ReportDiff`): The comparison.
+        ratio (`float`, *optional*): What is further apart than this is red, and the band is drawn.
+    """
+    figure = Figure(figsize=(8, 7), dpi=100, layout="constrained")
+    axes: Any = figure.subplots()
+    both = [row for row in diff.rows if row.ratio is not None]
+    apart = [] if ratio is None else [row for row in both if row.is_apart(ratio)]
+    for rows, colour, label in (
+        ([row for row in both if row not in apart], POINT_COLOUR, "tensors of both"),
+        (apart, FALLBACK_COLOUR, f"further apart than {ratio:g}, or of another shape" if ratio is not None else ""),
+    ):
+        if rows:
+            x, y = zip(*(row.values(diff.quantity) for row in rows), strict=True)
+            axes.scatter(x, y, s=34, color=colour, alpha=0.7, lw=0, label=f"{label}: {len(rows)}")
+    values = [value for row in both for value in row.values(diff.quantity)] or [1.0]
+    ends = [min(values) / 1.3, max(values) * 1.3]
+    axes.plot(ends, ends, color="#888888", lw=1, zorder=0, label="equal")
+    if ratio is not None:
+        low, high = [[end * factor for end in ends] for factor in (1.0 / ratio, ratio)]
+        axes.fill_between(ends, low, high, color="#eeeeee", lw=0, zorder=-1, label=f"within a factor of {ratio:g}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
+    axes.set_xlabel(f"{diff.quantity} in the first run")
+    axes.set_ylabel(f"{diff.quantity} in the second run")
+    axes.set_title(diff.headline(), loc="left", fontsize=11)
+    axes.legend(loc="upper left", fontsize=9, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _routes_figure(report: GSNRReport) -> Figure:
+    entries = sorted(report.by_route(), key=lambda entry: entry["numel"], reverse=True)
+    total = sum(entry["numel"] for entry in entries) or 1
+    shown, hidden = entries[:MAX_KINDS], entries[MAX_KINDS:]
+    figure = Figure(figsize=(10, max(3.0, 0.34 * len(shown) + 1.6)), dpi=100, layout="constrained")
+    axes: Any = figure.subplots()
+    shares = [100.0 * entry["numel"] / total for entry in shown]
+    colours = [ADAM_COLOUR if entry["route"] == ADAM else POINT_COLOUR for entry in shown]
+    axes.barh(range(len(shown)), shares, color=colours, height=0.8)
+    for y, (entry, share) in enumerate(zip(shown, shares, strict=True)):
+        times = f"{entry['tensors']} x {entry['shape']}" if entry["tensors"] > 1 else entry["shape"]
+        text = f" {share:.2g}%  {entry['reason']}, {times}"
+        axes.text(share, y, text, va="center", fontsize=9, color="#333333", parse_math=False)
+    axes.set_yticks(range(len(shown)), [entry["kind"] for entry in shown], fontsize=9, parse_math=False)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(0, max(shares, default=1.0) * 1.6)
+    axes.set_xlabel(
+        "% of the trained elements" + f" (the largest {len(shown)} of {len(entries)} kinds)" * bool(hidden)
+    )
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    counts = report.summary()
+    handles = [
+        Line2D(
+            [], [], color=POINT_COLOUR, marker="s", lw=0, label=f"whitened, no state: {counts['whitened']:.0f} tensors"
+        ),
+        Line2D([], [], color=ADAM_COLOUR, marker="s", lw=0, label=f"to Adam: {counts['adam']:.0f} tensors"),
+    ]
+    axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
+    figure.suptitle(
+        f"{counts['whitened_share']:.1%} of {total:,} elements whitened  |  state {format_bytes(report.state_bytes)}, "
+        f"AdamW's {format_bytes(report.adamw_state_bytes)}",
+        fontsize=13,
+        x=0.01,
+        ha="left",
+        weight="bold",
+    )
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -56,8 +155,7 @@ def history_png(report: GSNRReport) -> bytes:
     axes: Any = figure.subplots()
     spans = [[entry[key] for entry in drift] for key in ("min", "max")]
     axes.fill_between(steps, *spans, color="#dddddd", lw=0, label="all tensors")
-    last = drift[-1]["kinds"]
-    apart = sorted(last, key=lambda kind: abs(math.log(last[kind] or 1.0)), reverse=True)[:MAX_LINES]
+    apart = moved_most(drift, MAX_LINES)
     for kind in apart:
         label = kind.replace("$", r"\$")
         axes.plot(steps, [entry["kinds"].get(kind, math.nan) for entry in drift], marker=".", label=label)
@@ -65,13 +163,11 @@ def history_png(report: GSNRReport) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("g-SNR, ratio to the first measurement")
-    others = f"; the {len(apart)} kinds that moved most" if len(last) > len(apart) else ""
+    others = f"; the {len(apart)} kinds that moved most" if len(drift[-1]["kinds"]) > len(apart) else ""
     axes.set_title(f"g-SNR over training: medians by kind of tensor{others}", loc="left", fontsize=11)
     axes.legend(fontsize=8, frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def _headline(report: GSNRReport) -> str:
@@ -86,11 +182,7 @@ def _headline(report: GSNRReport) -> str:
 def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kinds: list[str], hidden: int) -> None:
     outside: list[int | None] = [None] if any(layer is None for _, layer in cells) else []
     layers = [*outside, *sorted({layer for _, layer in cells if layer is not None})]
-    scales = [row.scale for row in report.tensors if row.status != "pending"]
-    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
-    spread = max(1.0, 4.0 / (high / low)) ** 0.5  # small differences are not blown up to the whole range of colours
-    norm = LogNorm(low / spread, high * spread)
-    mappable = axes.scatter([], [], c=[], norm=norm, cmap="viridis")
+    mappable = axes.scatter([], [], c=[], norm=LogNorm(*scale_limits(report.tensors)), cmap="viridis")
     write_values = len(layers) <= 14
     for (kind, layer), rows in cells.items():
         if kind in kinds:
@@ -106,7 +198,7 @@ def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kin
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if scales:
+    if len(report.by_status("pending")) < len(report.tensors):
         bar = figure.colorbar(mappable, ax=axes, label="scale (the learning rate is multiplied by it)", pad=0.01)
         _plain_numbers(bar.ax.yaxis)
 
@@ -119,7 +211,7 @@ def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, 
         if write_value:
             axes.text(x, y, "pending", ha="center", va="center", fontsize=8, color="#444444")
         return
-    scale = math.exp(sum(math.log(max(row.scale, 1e-30)) for row in settled) / len(settled))
+    scale = mean_scale(settled)
     fallback = any(row.status == "fallback" for row in settled)
     colour = mappable.to_rgba(scale)
     frame: dict[str, Any] = {"edgecolor": FALLBACK_COLOUR, "lw": 2} if fallback else {"lw": 0}

@@ -9,10 +9,9 @@ import json
 import math
 import os
 import platform
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -20,19 +19,18 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from ..optim.registry import OptimizerRecord, record_of
 from ..optim.routing import ADAM, Route
+from . import schema
+from .schema import SCHEMA, STATUSES, ReportError
 
 
-SCHEMA = 1
+if TYPE_CHECKING:
+    from .compare import ReportDiff
+
 REPORT_JSON = "gsnr_report.json"
 REPORT_PNG = "gsnr_report.png"
 HISTORY_PNG = "gsnr_history.png"
-STATUSES = ("measured", "given", "fallback", "pending")
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
-
-
-class ReportError(ValueError):
-    """A report file that can't be read; the message names the field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +107,8 @@ class GSNRReport:
         run (`dict`): Facts of the run, such as `effective_batch_size` and `world_size`, where they are known.
         history (`list[dict]`): g-SNR measured again later, where tracked: `{"step": 50, "gsnr": {name: g-SNR}}`.
         versions (`dict[str, str]`): Of the packages that matter.
+        schedule (`list[float]`): Lowest and highest factor that the schedule multiplies the peak learning rate with,
+            over the steps that move something; empty where it is not known.
     """
 
     optimizer: str
@@ -123,15 +123,19 @@ class GSNRReport:
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    schedule: list[float] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def from_optimizer(cls, optimizer: Any, run: dict[str, Any] | None = None) -> GSNRReport:
+    def from_optimizer(
+        cls, optimizer: Any, run: dict[str, Any] | None = None, schedule: Sequence[float] = ()
+    ) -> GSNRReport:
         """
         Reads a live optimizer; nothing is measured and no device memory is read.
 
         Args:
             optimizer (`SGDSaI` or `SWAN`): The optimizer itself, without a wrapper.
             run (`dict`, *optional*): Facts of the run, plain values.
+            schedule (`list[float]`, *optional*): As in [`GSNRReport`].
 
         Raises:
             `TypeError`: It is neither.
@@ -153,6 +157,7 @@ class GSNRReport:
             adamw_state_bytes=_adamw_state_bytes(groups),
             run=dict(run or {}),
             versions=_versions(),
+            schedule=list(schedule),
         )
 
     def by_status(self, status: str) -> list[TensorRow]:
@@ -210,15 +215,37 @@ class GSNRReport:
             )
         return entries
 
+    def learning_rate_range(self, rows: Sequence[TensorRow]) -> tuple[float, float] | None:
+        """Lowest and highest learning rate of some tensors, scale and schedule included; `None` while all pend."""
+        peaks = [row.learning_rate for row in rows if row.status != "pending"]
+        low, high = self.schedule if len(self.schedule) == 2 else (1.0, 1.0)
+        return (min(peaks) * low, max(peaks) * high) if peaks else None
+
     def by_kind(self) -> list[dict[str, Any]]:
         """
-        One entry per kind of tensor: number, shape, steps, status, and medians of scale, ratio and learning rate over
-        the tensors that are not pending.
+        One entry per kind of tensor: number, shape, steps, status, medians of scale, ratio and learning rate over the
+        tensors that are not pending, and the range of the learning rate ([`GSNRReport.learning_rate_range`]).
         """
-        kinds: dict[str, list[TensorRow]] = {}
-        for row in self.tensors:
-            kinds.setdefault(row.kind, []).append(row)
-        return [_kind_entry(kind, rows) for kind, rows in kinds.items()]
+        return [{"kind": kind, **self._entry(rows)} for kind, rows in _grouped(self.tensors, "kind").items()]
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """One entry per layer, with the same fields; what stands outside the blocks has the layer `None`, first."""
+        layers = _grouped(self.tensors, "layer")
+        ordered = sorted(layers, key=lambda layer: -1 if layer is None else layer)
+        return [{"layer": layer, **self._entry(layers[layer])} for layer in ordered]
+
+    def _entry(self, rows: list[TensorRow]) -> dict[str, Any]:
+        settled = [row for row in rows if row.status != "pending"]
+        return {
+            "tensors": len(rows),
+            "shape": _shape_of(rows),
+            "scale": _median(row.scale for row in settled),
+            "ratio": _median(row.gsnr_over_sqrt_numel for row in settled),
+            "learning_rate": _median(row.learning_rate for row in settled),
+            "learning_rate_range": self.learning_rate_range(rows),
+            "steps": sorted({row.step for row in settled}),
+            "status": ", ".join(sorted({row.status for row in rows})),
+        }
 
     def by_route(self) -> list[dict[str, Any]]:
         """One entry per kind of tensor, route and reason: number, shape and elements."""
@@ -239,42 +266,51 @@ class GSNRReport:
 
     def to_text(self) -> str:
         """A plain table by kind of tensor, for a terminal of 80 columns."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        lines = textwrap.wrap(
-            f"{self.optimizer}  lr={self.learning_rate:g}, weight_decay={self.weight_decay:g}, {options}", 80
-        )
-        state = f"state {self.state_bytes:,} bytes (AdamW: {self.adamw_state_bytes:,})"
-        if self.routes:
-            counts = self.summary()
-            whitened = f"{counts['whitened']:.0f} whitened ({counts['whitened_share']:.1%} of the elements)"
-            lines += [f"{len(self.routes)} tensors: {whitened}, {counts['adam']:.0f} to Adam", state, ""]
-            lines.append(f"{'tensors':<32.32} {'no.':>4} {'shape':>12}  route")
-            for entry in self.by_route():
-                route = f"{entry['route']}: {entry['reason']}"
-                kind = _cut(entry["kind"], 32)
-                lines.append(f"{kind:<32} {entry['tensors']:>4} {entry['shape']:>12.12}  {route:.28}".rstrip())
-            return "\n".join(lines)
-        counts = self.summary()
-        states = ", ".join(f"{int(counts[status])} {status}" for status in STATUSES if counts[status])
-        lines += [
-            f"{len(self.tensors)} tensors: {states}",
-            state,
-            "",
-            f"{'tensors':<34.34} {'no.':>4} {'shape':>12} {'scale':>9} {'/sqrt(n)':>8} {'step':>7}",
-        ]
-        for entry in self.by_kind():
-            kind = _cut(entry["kind"], 34)
-            steps = ",".join(map(str, entry["steps"])) or "pending"
-            lines.append(
-                f"{kind:<34} {entry['tensors']:>4} {entry['shape']:>12.12} {entry['scale']:>9.4g} "
-                f"{entry['ratio']:>8.3f} {steps:>7.7}"
-            )
-        return "\n".join(lines)
+        from .terminal import plain_text
+
+        return plain_text(self)
+
+    def to_markdown(self) -> str:
+        """Facts, and a table by kind of tensor and by layer, or of SWAN's routes."""
+        from .markdown import report_markdown
+
+        return report_markdown(self)
+
+    def to_html(self) -> str:
+        """A page that needs no network: facts, pictures with details, and a table of all tensors to sort."""
+        from .html import report_html
+
+        return report_html(self)
+
+    def plot(self) -> Any:
+        """
+        The picture as a `matplotlib.figure.Figure`, which a notebook shows and `savefig` writes.
+
+        Raises:
+            `ImportError`: matplotlib is not installed.
+        """
+        from .plots import report_figure
+
+        return report_figure(self)
+
+    def diff(self, other: GSNRReport) -> ReportDiff:
+        """
+        Compares with the report of another run, tensor by tensor.
+
+        Args:
+            other (`GSNRReport`): Of the run whose scales are divided by those of this one.
+
+        Raises:
+            `ReportError`: One of them is of SWAN, which has no scales.
+        """
+        from .compare import compare
+
+        return compare(self, other)
 
     def save(self, directory: str | os.PathLike[str], picture: bool = True) -> Path:
         """
-        Writes `gsnr_report.json`, and `gsnr_report.png` where there is g-SNR to draw and matplotlib is installed; each
-        whole or not at all.
+        Writes `gsnr_report.json`, and where matplotlib is installed `gsnr_report.png` (of g-SNR tracked over time
+        `gsnr_history.png` too); each whole or not at all.
 
         Args:
             directory (`str` or path): Made where it is missing.
@@ -287,7 +323,7 @@ class GSNRReport:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / REPORT_JSON
         _write_whole(path, self.to_json().encode("utf-8"))
-        if picture and self.tensors and importlib.util.find_spec("matplotlib") is not None:
+        if picture and importlib.util.find_spec("matplotlib") is not None:
             from .plots import history_png, report_png
 
             _write_whole(folder / REPORT_PNG, report_png(self))
@@ -310,24 +346,15 @@ class GSNRReport:
         The report that [`GSNRReport.to_json`] wrote.
 
         Raises:
-            `ReportError`: It is not JSON, has another schema, or a field is missing or of another type.
+            `ReportError`: It is not JSON, is larger than any report, has another schema, or a field is missing, of
+                another type or out of its range.
         """
-        try:
-            content = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise ReportError(f"a g-SNR report must be JSON but: {error}; write it again with save()") from None
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA or content["schema"] is True:
-            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
-            raise ReportError(
-                f"schema must be {SCHEMA} but is {found!r}; a newer hf_sai wrote it, or it is no g-SNR report"
-            )
-        fields = {key: value for key, value in content.items() if key != "schema"}
+        fields = schema.parse(text)
         for field, row_class in (("tensors", TensorRow), ("routes", RouteRow)):
-            rows = enumerate(_expect(fields, field, list))
-            fields[field] = [_parse_row(row_class, f"{field}[{index}]", row) for index, row in rows]
-        for index, entry in enumerate(_expect(fields, "history", list)):
-            _check_history(f"history[{index}]", entry)
-        return _build(cls, fields, "")
+            fields[field] = schema.rows(row_class, fields.get(field), field)
+        schema.check_history(fields.get("history"))
+        report: GSNRReport = schema.build(cls, fields)
+        return report
 
     @classmethod
     def from_pretrained(
@@ -369,11 +396,7 @@ class GSNRReport:
         """
         file = Path(path)
         file = file / REPORT_JSON if file.is_dir() else file
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ReportError(f"a g-SNR report must be JSON but {file.name} is not text; pass {REPORT_JSON}") from None
-        return cls.from_json(text)
+        return cls.from_json(schema.read_text(file))
 
 
 def split_name(name: str) -> tuple[str, int | None]:
@@ -423,11 +446,6 @@ def _shape_of(rows: Sequence[TensorRow | RouteRow]) -> str:
     return shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
 
 
-def _cut(text: str, width: int) -> str:
-    """The end of a name that is too long."""
-    return text if len(text) <= width else f"...{text[3 - width :]}"
-
-
 def _row(statistics: Any, peak_learning_rate: float) -> TensorRow:
     kind, layer = split_name(statistics.name)
     return TensorRow(
@@ -445,24 +463,46 @@ def _row(statistics: Any, peak_learning_rate: float) -> TensorRow:
     )
 
 
-def _kind_entry(kind: str, rows: list[TensorRow]) -> dict[str, Any]:
-    settled = [row for row in rows if row.status != "pending"]
-    return {
-        "kind": kind,
-        "tensors": len(rows),
-        "shape": _shape_of(rows),
-        "scale": _median(row.scale for row in settled),
-        "ratio": _median(row.gsnr_over_sqrt_numel for row in settled),
-        "learning_rate": _median(row.learning_rate for row in settled),
-        "steps": sorted({row.step for row in settled}),
-        "status": ", ".join(sorted({row.status for row in rows})),
-    }
+def _grouped(rows: Iterable[TensorRow], field: str) -> dict[Any, list[TensorRow]]:
+    groups: dict[Any, list[TensorRow]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, field), []).append(row)
+    return groups
 
 
 def _median(values: Iterable[float]) -> float:
     """The upper median; 0.0 of nothing."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else 0.0
+
+
+def scale_limits(rows: Iterable[TensorRow]) -> tuple[float, float]:
+    """Ends of a scale of colours, in which small differences are not blown up to the whole range."""
+    scales = [row.scale for row in rows if row.status != "pending"]
+    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
+    spread = math.sqrt(max(1.0, 4.0 / (high / low)))
+    return low / spread, high * spread
+
+
+def mean_scale(rows: Sequence[TensorRow]) -> float:
+    """Geometric mean over tensors that are not pending."""
+    return math.exp(sum(math.log(row.scale) for row in rows) / len(rows))
+
+
+def moved_most(drift: list[dict[str, Any]], count: int) -> list[str]:
+    """The kinds of tensors whose g-SNR is furthest from its first measurement at the end."""
+    last = drift[-1]["kinds"]
+    return sorted(last, key=lambda kind: abs(math.log(last[kind] or 1.0)), reverse=True)[:count]
+
+
+def format_bytes(count: int) -> str:
+    """`1_500_000` as `1.5 MB`."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def optimizer_state_bytes(optimizer: Any) -> int:
@@ -495,10 +535,6 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
-
-
 def _write_whole(path: Path, content: bytes) -> None:
     """A reader (or an upload) sees the old file or the new one, never a part of it."""
     temporary = path.with_name(f"_{path.name}.{os.getpid()}")  # a push leaves out what begins with "_"
@@ -515,59 +551,3 @@ def copy_whole(source: Path, target: Path) -> None:
         content = source.read_bytes()
         if not target.is_file() or target.read_bytes() != content:
             _write_whole(target, content)
-
-
-def _expect(fields: dict[str, Any], key: str, kind: type) -> Any:
-    if not isinstance(fields.get(key), kind):
-        raise ReportError(
-            f"{key} of a g-SNR report must be a {kind.__name__} but is {fields.get(key)!r:.80}; the file is damaged"
-        )
-    return fields[key]
-
-
-def _parse_row(row_class: type[Any], where: str, row: Any) -> Any:
-    if not isinstance(row, dict):
-        raise ReportError(f"{where} of a g-SNR report must be a dict but is {row!r:.80}; the file is damaged")
-    fields = dict(row)
-    shape = _expect(fields, "shape", list)
-    if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
-        raise ReportError(f"{where}.shape of a g-SNR report must hold whole numbers but is {shape!r:.80}")
-    fields["shape"] = tuple(shape)
-    return _build(row_class, fields, where)
-
-
-def _check_history(where: str, entry: Any) -> None:
-    values = entry.get("gsnr") if isinstance(entry, dict) else None
-    numbers = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
-    if not numbers or set(entry) != {"step", "gsnr"} or type(entry["step"]) is not int:
-        raise ReportError(
-            f"{where} of a g-SNR report must be a step and g-SNR by name but is {entry!r:.80}; the file is damaged"
-        )
-
-
-# What a field may hold in a file, by the annotation's text.
-_ACCEPTS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "int | None": (int, type(None)),
-    "dict[str, Any]": (dict,),
-    "dict[str, str]": (dict,),
-}
-
-
-def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Any:
-    """An instance of a dataclass from JSON, with every field there and of its type."""
-    expected = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-    prefix = f"{where}." if where else ""
-    if set(fields) != set(expected):
-        odd = sorted(set(fields) ^ set(expected))
-        raise ReportError(
-            f"{where or 'the top'} of a g-SNR report has fields missing or unknown: {', '.join(odd):.200}"
-        )
-    for name, annotation in expected.items():
-        accepts = _ACCEPTS.get(annotation)
-        value = fields[name]
-        if accepts and (not isinstance(value, accepts) or isinstance(value, bool)):
-            raise ReportError(f"{prefix}{name} of a g-SNR report must be {annotation} but is {value!r:.80}")
-    return cls(**fields)

@@ -1,0 +1,179 @@
+"""The scales of two runs, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from .report import GSNRReport, TensorRow
+from .schema import ReportError
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffRow:
+    """
+    One tensor in two runs.
+
+    Args:
+        name (`str`): The parameter's name, the same in both.
+        first (`TensorRow` or `None`): In the first run; `None` where it has no such tensor.
+        second (`TensorRow` or `None`): In the second run.
+        ratio (`float` or `None`): Second over first of what is compared; `None` where one of them has none.
+    """
+
+    name: str
+    first: TensorRow | None
+    second: TensorRow | None
+    ratio: float | None
+
+    @property
+    def missing(self) -> str:
+        """Why there is no ratio: `"not in first"`, `"pending in second"`, ...; empty where nothing is amiss."""
+        sides = {"first": self.first, "second": self.second}
+        absent = [f"not in {side}" for side, row in sides.items() if row is None]
+        pending = [f"pending in {side}" for side, row in sides.items() if row is not None and row.status == "pending"]
+        return "" if len(pending) == 2 else ", ".join([*absent, *pending])
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether both have it, in different shapes."""
+        return self.first is not None and self.second is not None and self.first.shape != self.second.shape
+
+    def values(self, quantity: str) -> tuple[float, float]:
+        """First and second of what is compared, where there is a ratio."""
+        if self.first is None or self.second is None:
+            raise ValueError(f"only a tensor of both runs has two values but {self.name} is {self.missing}")
+        field = "scale" if quantity == "scale" else "gsnr"
+        return getattr(self.first, field), getattr(self.second, field)
+
+    def is_apart(self, ratio: float) -> bool:
+        """
+        Whether a comparison with that bound fails here: the ratio is above it or below its reciprocal, the tensor is
+        missing or pending in one run only, or the shapes differ.
+        """
+        beyond = self.ratio is not None and not 1.0 / ratio <= self.ratio <= ratio
+        return beyond or bool(self.missing) or self.reshaped
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportDiff:
+    """
+    Two runs compared; `GSNRReport.diff` makes it.
+
+    Args:
+        quantity (`str`): What is compared: `"scale"`, or `"g-SNR"` where the runs normalise differently.
+        rows (`list[DiffRow]`): One per tensor of either run, in the order of the first.
+        notes (`list[str]`): What else differs and matters, in sentences.
+    """
+
+    quantity: str
+    rows: list[DiffRow]
+    notes: list[str]
+
+    def apart(self, ratio: float) -> list[DiffRow]:
+        """
+        The rows that fail; see [`DiffRow.is_apart`].
+
+        Raises:
+            `ValueError`: `ratio` is not a finite number from 1.
+        """
+        if not (math.isfinite(ratio) and ratio >= 1.0):
+            raise ValueError(f"the ratio of a comparison must be a finite number from 1 but is {ratio:g}; try 1.1")
+        return [row for row in self.rows if row.is_apart(ratio)]
+
+    def headline(self) -> str:
+        """One line: how many tensors both have, how far they are apart, and how many one run lacks."""
+        ratios = [row.ratio for row in self.rows if row.ratio is not None]
+        parts = [f"{len(ratios)} tensors in both runs"]
+        if ratios:
+            parts.append(f"{self.quantity} second / first {min(ratios):.4g} to {max(ratios):.4g}")
+        lacking = sum(bool(row.missing) for row in self.rows)
+        reshaped = sum(row.reshaped for row in self.rows)
+        parts += [f"{lacking} missing or pending in one"] if lacking else []
+        parts += [f"{reshaped} of another shape"] if reshaped else []
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it: `quantity`, `notes`, and `tensors` with both sides."""
+        return {"quantity": self.quantity, "notes": self.notes, "tensors": [_plain(row) for row in self.rows]}
+
+    def to_text(self) -> str:
+        """A plain table for a terminal of 80 columns, furthest apart first."""
+        from .terminal import diff_view, plain
+
+        return plain(diff_view(self))
+
+    def plot(self, ratio: float | None = None) -> Any:
+        """
+        The scatter plot as a `matplotlib.figure.Figure`.
+
+        Args:
+            ratio (`float`, *optional*): Tensors further apart than this are red.
+
+        Raises:
+            `ImportError`: matplotlib is not installed.
+        """
+        from .plots import diff_figure
+
+        return diff_figure(self, ratio)
+
+
+def compare(first: GSNRReport, second: GSNRReport) -> ReportDiff:
+    """
+    Compares two runs. Tensors are the same where their names are.
+
+    Scales are compared as they were used. Where one run divides them by the largest g-SNR and the other does not, all
+    would differ by that factor, and g-SNR is compared instead; a note says so.
+
+    Raises:
+        `ReportError`: One of them is of SWAN, which has no scales.
+    """
+    for which, report in (("first", first), ("second", second)):
+        if report.routes:
+            raise ReportError(
+                f"a comparison needs the scales of two runs but the {which} is of {report.optimizer}, which has none; "
+                "give reports of sgd_sai"
+            )
+    normalizations = [report.options.get("normalize", "none") for report in (first, second)]
+    quantity = "scale" if normalizations[0] == normalizations[1] else "g-SNR"
+    rows = [{row.name: row for row in report.tensors} for report in (first, second)]
+    names = list(dict.fromkeys([*rows[0], *rows[1]]))
+    return ReportDiff(
+        quantity,
+        [_row(name, rows[0].get(name), rows[1].get(name), quantity) for name in names],
+        _notes(first, second, normalizations),
+    )
+
+
+def _row(name: str, first: TensorRow | None, second: TensorRow | None, quantity: str) -> DiffRow:
+    ratio = None
+    if first is not None and second is not None and "pending" not in (first.status, second.status):
+        ratio = second.scale / first.scale if quantity == "scale" else second.gsnr / first.gsnr
+    return DiffRow(name, first, second, ratio)
+
+
+def _notes(first: GSNRReport, second: GSNRReport, normalizations: list[Any]) -> list[str]:
+    notes = []
+    if normalizations[0] != normalizations[1]:
+        largest = max(first.gsnr_max, second.gsnr_max)
+        notes.append(
+            f"The runs normalise differently (first {normalizations[0]}, second {normalizations[1]}): max divides by "
+            f"the largest g-SNR ({largest:.4g}). g-SNR is compared here, and the learning rate of the one is not one "
+            "for the other."
+        )
+    rates = [report.learning_rate for report in (first, second)]
+    batches = [report.run.get("effective_batch_size") for report in (first, second)]
+    if rates[0] != rates[1]:
+        notes.append(f"The peak learning rate is {rates[0]:g} in the first run and {rates[1]:g} in the second.")
+    if batches[0] != batches[1] and None not in batches:
+        notes.append(f"The batch that was measured is {batches[0]} in the first run and {batches[1]} in the second.")
+    return notes
+
+
+def _plain(row: DiffRow) -> dict[str, Any]:
+    sides = {
+        side: None if each is None else dataclasses.asdict(each)
+        for side, each in (("first", row.first), ("second", row.second))
+    }
+    return {"name": row.name, "ratio": row.ratio, "missing": row.missing, "reshaped": row.reshaped, **sides}

@@ -1,0 +1,308 @@
+"""A report as one HTML file that needs no network: facts, pictures with details, a table of all tensors to sort."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from ..optim.routing import ADAM
+from .report import format_bytes, mean_scale, moved_most, scale_limits
+from .schema import STATUSES
+
+
+if TYPE_CHECKING:
+    from .report import GSNRReport, RouteRow, TensorRow
+
+MAX_ROWS = 10_000  # of the table; a page of 5 MB
+MAX_KINDS = 60  # of the map
+MAX_LINES = 8  # of g-SNR over time
+ROW_HEIGHT, LABEL_WIDTH, WIDTH, HEIGHT, MARGIN = 20, 210, 760, 260, 46
+# viridis at equal distances
+_COLOURS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
+
+
+def report_html(report: GSNRReport) -> str:
+    """The page; see [`GSNRReport.to_html`]."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_sai.report"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows: list[Any] = report.routes or report.tensors
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        facts=_facts(report),
+        settings=[
+            *report.options.items(),
+            ("weight_decay", report.weight_decay),
+            *report.run.items(),
+            *report.versions.items(),
+        ],
+        memory=_memory(report),
+        map=_map(report, rows),
+        depth=_depth(report),
+        drift=_drift(report),
+        by_route=report.by_route(),
+        total=sum(row.numel for row in report.routes) or 1,
+        largest=max((entry["numel"] for entry in report.by_route()), default=1) or 1,
+        columns=_ROUTE_COLUMNS if report.routes else _TENSOR_COLUMNS,
+        rows=[_route_cells(row) if report.routes else _tensor_cells(report, row) for row in rows[:MAX_ROWS]],
+        count=len(rows),
+    )
+
+
+def _facts(report: GSNRReport) -> list[tuple[str, str]]:
+    counts = report.summary()
+    facts = [("learning rate, peak", f"{report.learning_rate:g}")]
+    if report.routes:
+        facts += [
+            ("whitened", f"{counts['whitened']:.0f} tensors, {counts['whitened_share']:.1%} of elements"),
+            ("to Adam", f"{counts['adam']:.0f} tensors"),
+        ]
+    else:
+        facts.append(
+            ("tensors", ", ".join(f"{counts[status]:,.0f} {status}" for status in STATUSES if counts[status]))
+        )
+        settled = [row for row in report.tensors if row.status != "pending"]
+        if settled:
+            ratios = [row.gsnr_over_sqrt_numel for row in settled]
+            facts += [
+                ("scale", _span(counts["scale_min"], counts["scale_max"])),
+                ("g-SNR / sqrt(numel)", _span(min(ratios), max(ratios))),
+                ("learning rate x scale", _span(*(report.learning_rate_range(settled) or ()))),
+            ]
+    state = f"{format_bytes(report.state_bytes)} ({_percent(report.state_bytes, report.adamw_state_bytes)} of AdamW's)"
+    return [*facts, ("optimizer state", state)]
+
+
+def _memory(report: GSNRReport) -> list[tuple[str, str, float]]:
+    """Name, size and width in percent of two bars."""
+    largest = max(report.state_bytes, report.adamw_state_bytes, 1)
+    sizes = ((report.optimizer, report.state_bytes), ("AdamW", report.adamw_state_bytes))
+    return [(name, format_bytes(size), 100.0 * size / largest) for name, size in sizes]
+
+
+def _map(report: GSNRReport, rows: list[Any]) -> dict[str, Any]:
+    """One cell per kind of tensor and layer, coloured by scale, or of SWAN by route."""
+    cells: dict[tuple[str, int | None], list[Any]] = {}
+    for row in rows:
+        cells.setdefault((row.kind, row.layer), []).append(row)
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    shown = {kind: index for index, kind in enumerate(kinds[:MAX_KINDS])}
+    layers = _layers(rows)
+    width = max(12, min(44, (WIDTH - LABEL_WIDTH) // max(1, len(layers))))
+    every = max(1, math.ceil(24 / width))
+    limits = scale_limits(report.tensors)
+    return {
+        "cells": [
+            {
+                "x": LABEL_WIDTH + layers[layer] * width,
+                "y": shown[kind] * ROW_HEIGHT,
+                **(_route_cell(found) if report.routes else _scale_cell(found, limits)),
+            }
+            for (kind, layer), found in cells.items()
+            if kind in shown
+        ],
+        "kinds": [(kind if len(kind) <= 30 else f"...{kind[-27:]}", kind) for kind in shown],
+        "layers": [
+            (LABEL_WIDTH + (index + 0.5) * width, "none" if layer is None else layer)
+            for layer, index in layers.items()
+            if index % every == 0
+        ],
+        "cell": width,
+        "width": LABEL_WIDTH + len(layers) * width,
+        "height": len(shown) * ROW_HEIGHT,
+        "hidden": len(kinds) - len(shown),
+        "limits": [f"{limit:.3g}" for limit in limits],
+        "colours": [_rgb(colour) for colour in _COLOURS],
+    }
+
+
+def _scale_cell(rows: list[TensorRow], limits: tuple[float, float]) -> dict[str, str]:
+    settled = [row for row in rows if row.status != "pending"]
+    tip = "\n".join(_tip(row) for row in rows[:4]) + (f"\nand {len(rows) - 4} more" if len(rows) > 4 else "")
+    if not settled:
+        return {"class": "pending", "fill": "", "tip": tip}
+    status = "fallback" if any(row.status == "fallback" for row in settled) else "settled"
+    return {"class": status, "fill": colour_of(mean_scale(settled), limits), "tip": tip}
+
+
+def _route_cell(rows: list[RouteRow]) -> dict[str, str]:
+    adam = any(row.route == ADAM for row in rows)
+    tip = "\n".join(f"{row.name}: {row.route}, {row.reason}" for row in rows[:4])
+    return {"class": "adam" if adam else "whitened", "fill": "", "tip": tip}
+
+
+def colour_of(scale: float, limits: tuple[float, float]) -> str:
+    """Of a scale between two limits, by its logarithm."""
+    low, high = map(math.log, limits)
+    place = (math.log(scale) - low) / (high - low) * (len(_COLOURS) - 1)
+    index = min(int(place), len(_COLOURS) - 2)
+    mixed = [a + (b - a) * (place - index) for a, b in zip(_COLOURS[index], _COLOURS[index + 1], strict=True)]
+    return _rgb(mixed)
+
+
+def _depth(report: GSNRReport) -> dict[str, Any] | None:
+    """One mark per tensor: layer against g-SNR / sqrt(numel)."""
+    settled = [row for row in report.tensors if row.status != "pending"][:MAX_ROWS]
+    if not settled:
+        return None
+    layers = _layers(settled)
+    kinds = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in settled))}
+    ratios = [row.gsnr_over_sqrt_numel for row in settled]
+    axis = _Axis(min([*ratios, 1.0]), max([*ratios, 1.0]))
+    width = min(WIDTH, max(330, MARGIN + 10 + 60 * len(layers)))
+    step = (width - MARGIN - 10) / len(layers)
+    marks = []
+    for row, ratio in zip(settled, ratios, strict=True):
+        beside = (kinds[row.kind] + 0.5) / len(kinds) * 0.8 + 0.1  # so that the kinds of a layer stand side by side
+        x = MARGIN + (layers[row.layer] + beside) * step
+        marks.append({"x": round(x, 1), "y": axis.place(ratio), "status": row.status, "tip": _tip(row)})
+    every = max(1, math.ceil(30 / step))
+    return {
+        "marks": marks,
+        "layers": [
+            (round(MARGIN + (index + 0.5) * step, 1), "none" if layer is None else layer)
+            for layer, index in layers.items()
+            if index % every == 0
+        ],
+        "ticks": axis.ticks(),
+        "one": axis.place(1.0),
+        "width": width,
+        "height": HEIGHT,
+        "margin": MARGIN,
+    }
+
+
+def _drift(report: GSNRReport) -> dict[str, Any] | None:
+    """g-SNR over time as a ratio to the first: the span of all tensors, and medians of the kinds that moved most."""
+    drift = [entry for entry in report.drift() if entry["min"] > 0.0]
+    if not drift:
+        return None
+    axis = _Axis(min([1.0, *(entry["min"] for entry in drift)]), max([1.0, *(entry["max"] for entry in drift)]))
+    first, last = drift[0]["step"], drift[-1]["step"]
+
+    def x_of(step: int) -> float:
+        return round(MARGIN + (WIDTH - MARGIN - 20) * (step - first) / max(1, last - first), 1)
+
+    lines = []
+    kinds = moved_most(drift, MAX_LINES)
+    for index, kind in enumerate(kinds):
+        points = [(entry["step"], entry["kinds"][kind]) for entry in drift if entry["kinds"].get(kind)]
+        colour = _rgb([255 * part for part in colorsys.hls_to_rgb(index / len(kinds), 0.5, 0.65)])
+        marks = [
+            {"x": x_of(step), "y": axis.place(ratio), "tip": f"{kind}, step {step}: {ratio:.4g} of the first"}
+            for step, ratio in points
+        ]
+        lines.append({"kind": kind, "colour": colour, "marks": marks})
+    upper = [(x_of(entry["step"]), axis.place(entry["max"])) for entry in drift]
+    lower = [(x_of(entry["step"]), axis.place(entry["min"])) for entry in reversed(drift)]
+    return {
+        "lines": lines,
+        "band": " ".join(f"{x},{y}" for x, y in upper + lower),
+        "ticks": axis.ticks(),
+        "steps": [(x_of(step), step) for step in sorted({first, drift[len(drift) // 2]["step"], last})],
+        "one": axis.place(1.0),
+        "hidden": len(drift[-1]["kinds"]) - len(kinds),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "margin": MARGIN,
+    }
+
+
+class _Axis:
+    """A logarithmic axis from the bottom to the top of a picture, with a little room at both ends."""
+
+    def __init__(self, low: float, high: float) -> None:
+        room = max(0.02, 0.06 * math.log(high / low)) if low > 0.0 else 0.02
+        self.low, self.high = math.log(low) - room, math.log(high) + room
+
+    def place(self, value: float) -> float:
+        return round(HEIGHT - HEIGHT * (math.log(value) - self.low) / (self.high - self.low), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        values = [math.exp(self.low + (self.high - self.low) * part) for part in (0.05, 0.35, 0.65, 0.95)]
+        return [(self.place(value), f"{value:.3g}") for value in values]
+
+
+_TENSOR_COLUMNS = (
+    ("tensor", False),
+    ("scale", True),  # on a phone only the first columns are seen at once
+    ("g-SNR / sqrt(n)", True),
+    ("g-SNR", True),
+    ("learning rate", True),
+    ("layer", True),
+    ("shape", True),
+    ("step", True),
+    ("status", False),
+)
+_ROUTE_COLUMNS = (
+    ("tensor", False),
+    ("layer", True),
+    ("shape", True),
+    ("elements", True),
+    ("route", False),
+    ("why", False),
+)
+
+
+def _tensor_cells(report: GSNRReport, row: TensorRow) -> list[tuple[str, Any]]:
+    """Text and sorting value per column; a value of `""` sorts last."""
+    name, layer, shape = _first_cells(row)
+    if row.status == "pending":
+        return [name, *[("", "")] * 4, layer, shape, ("", ""), (row.status, row.status)]
+    return [
+        name,
+        (f"{row.scale:.4g}", row.scale),
+        (f"{row.gsnr_over_sqrt_numel:.4f}", row.gsnr_over_sqrt_numel),
+        (f"{row.gsnr:.5g}", row.gsnr),
+        (_span(*(report.learning_rate_range([row]) or ())), row.learning_rate),
+        layer,
+        shape,
+        (str(row.step), row.step),
+        (row.status, row.status),
+    ]
+
+
+def _route_cells(row: RouteRow) -> list[tuple[str, Any]]:
+    elements = (f"{row.numel:,}", row.numel)
+    return [*_first_cells(row), elements, (row.route, row.route), (row.reason, row.reason)]
+
+
+def _first_cells(row: TensorRow | RouteRow) -> list[tuple[str, Any]]:
+    layer = ("", "") if row.layer is None else (str(row.layer), row.layer)
+    return [(row.name, row.name), layer, ("x".join(map(str, row.shape)) or "scalar", row.numel)]
+
+
+def _tip(row: TensorRow) -> str:
+    if row.status == "pending":
+        return f"{row.name}: pending"
+    return (
+        f"{row.name}: scale {row.scale:.4g}, g-SNR {row.gsnr:.4g}, {row.gsnr_over_sqrt_numel:.4f} of sqrt(numel), "
+        f"{row.status} at step {row.step}"
+    )
+
+
+def _layers(rows: Iterable[Any]) -> dict[int | None, int]:
+    """Place of each layer; what stands outside the blocks is first."""
+    found = {row.layer for row in rows}
+    return {layer: index for index, layer in enumerate(sorted(found, key=lambda each: -1 if each is None else each))}
+
+
+def _span(low: float, high: float) -> str:
+    texts = f"{low:.4g}", f"{high:.4g}"
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "0%"
+
+
+def _rgb(colour: Iterable[float]) -> str:
+    return "#" + "".join(f"{round(part):02x}" for part in colour)

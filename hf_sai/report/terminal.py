@@ -1,0 +1,153 @@
+"""A report for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from .schema import STATUSES
+
+
+if TYPE_CHECKING:
+    from .compare import DiffRow, ReportDiff
+    from .report import GSNRReport, TensorRow
+
+WIDTH = 80
+STYLES = {"measured": "green", "given": "cyan", "fallback": "red", "pending": "yellow"}
+_MOST, _MANY = 5, 20
+
+
+def report_view(report: GSNRReport) -> Group:
+    """What [`rich.console.Console.print`] shows: options, counts, and a table by kind of tensor."""
+    options = ", ".join(f"{name}={value}" for name, value in report.options.items())
+    head = Text(report.optimizer, style="bold")
+    head.append(f"  lr={report.learning_rate:g}, weight_decay={report.weight_decay:g}, {options}", style="not bold")
+    state = Text(f"state {report.state_bytes:,} bytes (AdamW: {report.adamw_state_bytes:,})")
+    return Group(head, _counts(report), state, "", *(_routes(report) if report.routes else _scales(report)))
+
+
+def show(view: Any, console: Console | None = None) -> None:
+    """Prints with colours in 80 columns, to the terminal unless another console is given."""
+    (console or Console(width=WIDTH, highlight=False)).print(view)
+
+
+def plain(view: Any) -> str:
+    """The same as text without colours, whatever the environment says of them; no line ends in blanks."""
+    buffer = io.StringIO()
+    show(view, Console(file=buffer, width=WIDTH, color_system=None, force_terminal=False, highlight=False))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def plain_text(report: GSNRReport) -> str:
+    """The report as text; see [`GSNRReport.to_text`]."""
+    return plain(report_view(report))
+
+
+def table(*columns: tuple[str, int]) -> Table:
+    """
+    A table without frame.
+
+    Args:
+        columns (`(title, width)`): A negative width is that of a column of numbers, to the right.
+    """
+    made = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for title, width in columns:
+        made.add_column(title, width=abs(width), justify="right" if width < 0 else "left", no_wrap=True)
+    return made
+
+
+def cut(text: str, width: int) -> Text:
+    """The end of a name that is too long; nothing in a name is markup, or moves the cursor."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return Text(text if len(text) <= width else f"...{text[3 - width :]}")
+
+
+def _counts(report: GSNRReport) -> Text:
+    counts = report.summary()
+    if report.routes:
+        whitened = f"{counts['whitened']:.0f} whitened ({counts['whitened_share']:.1%} of the elements)"
+        return Text(f"{len(report.routes)} tensors: {whitened}, {counts['adam']:.0f} to Adam")
+    states = [Text(f"{int(counts[s])} {s}", style=STYLES[s]) for s in STATUSES if counts[s]]
+    return Text(f"{len(report.tensors)} tensors: ").append_text(Text(", ").join(states))
+
+
+def _routes(report: GSNRReport) -> list[Any]:
+    rows = table(("tensors", 32), ("no.", -4), ("shape", -12), ("route", 29))
+    for entry in report.by_route():
+        route = Text(f"{entry['route']}: {entry['reason']}", overflow="ellipsis")
+        rows.add_row(cut(entry["kind"], 32), str(entry["tensors"]), entry["shape"], route)
+    return [rows]
+
+
+def _scales(report: GSNRReport) -> list[Any]:
+    rows = table(("tensors", 34), ("no.", -4), ("shape", -12), ("scale", -9), ("/sqrt(n)", -8), ("step", -8))
+    for entry in report.by_kind():
+        steps = Text(
+            ",".join(map(str, entry["steps"])) or "pending", style="" if entry["steps"] else STYLES["pending"]
+        )
+        rows.add_row(
+            cut(entry["kind"], 34),
+            str(entry["tensors"]),
+            entry["shape"],
+            f"{entry['scale']:.4g}" if entry["steps"] else "-",
+            f"{entry['ratio']:.3f}" if entry["steps"] else "-",
+            steps,
+        )
+    settled = [row for row in report.tensors if row.status != "pending"]
+    return [rows, *_range(report), *_largest(settled)]
+
+
+def _range(report: GSNRReport) -> list[Any]:
+    span = report.learning_rate_range(report.tensors)
+    if span is None:
+        return []
+    over = "over tensors and schedule" if report.schedule else "over tensors, at the peak"
+    return ["", Text(f"learning rate times scale: {span[0]:.3g} to {span[1]:.3g} {over}")]
+
+
+def _largest(settled: list[TensorRow]) -> list[Any]:
+    """Where a gradient's mean stands out most; of a few tensors the table says it."""
+    if len(settled) <= 4 * _MOST:
+        return []
+    rows = table(("largest g-SNR / sqrt(n)", 60), ("scale", -9), ("/sqrt(n)", -8))
+    for row in sorted(settled, key=lambda row: -row.gsnr_over_sqrt_numel)[:_MOST]:
+        rows.add_row(cut(row.name, 60), f"{row.scale:.4g}", f"{row.gsnr_over_sqrt_numel:.3f}")
+    return ["", rows]
+
+
+def diff_view(diff: ReportDiff, ratio: float | None = None) -> Group:
+    """A comparison: what one run lacks, then the tensors that are furthest apart."""
+    parts: list[Any] = [Text(diff.headline(), style="bold"), *map(Text, diff.notes)]
+    lacking = [row for row in diff.rows if row.missing or row.reshaped]
+    if lacking:
+        rows = table(("missing or pending in one run", 54), ("", 25))
+        for row in lacking[:_MANY]:
+            rows.add_row(cut(row.name, 54), Text(_lack(row), style="yellow"))
+        parts += ["", rows, *_more(lacking)]
+    both = sorted(
+        (row for row in diff.rows if row.ratio is not None), key=lambda row: -abs(math.log(row.ratio or 1.0))
+    )
+    if both:
+        rows = table((f"{diff.quantity}, furthest apart first", 48), ("first", -9), ("second", -9), ("ratio", -11))
+        for row in both[:_MANY]:
+            values = [f"{value:.4g}" for value in row.values(diff.quantity)]
+            style = "red" if ratio is not None and row.is_apart(ratio) else ""
+            rows.add_row(cut(row.name, 48), *values, Text(f"{row.ratio:.4g}", style=style))
+        parts += ["", rows, *_more(both)]
+    return Group(*parts)
+
+
+def _lack(row: DiffRow) -> str:
+    if row.missing or row.first is None or row.second is None:
+        return row.missing
+    shapes = ["x".join(map(str, side.shape)) for side in (row.first, row.second)]
+    return " -> ".join(shapes)
+
+
+def _more(rows: list[Any]) -> list[Text]:
+    return [Text(f"and {len(rows) - _MANY} more")] if len(rows) > _MANY else []
