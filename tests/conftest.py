@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -45,6 +46,12 @@ def processes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path])))
         yield context
+
+
+def pytest_collection_finish():
+    """What is imported by now need not be looked through by the collection at the end of every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish():
