@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import logging
 import math
@@ -49,6 +50,17 @@ class GSNRCallback(TrainerCallback):
     ```python
     trainer = SFTTrainer(model, args=SFTConfig(optim="sgd_sai", learning_rate=0.1), train_dataset=data)
     trainer.add_callback(GSNRCallback(trainer))
+    ```
+
+    With Unsloth, whose trainers are made when it is imported, the same, with `import hf_sai` beside `import unsloth`.
+
+    With axolotl, a plugin, which stands under `plugins:` beside `optimizer: sgd_sai` and `optim_args:`, and the launch
+    by `accelerate launch -m hf_sai.run -m axolotl.cli.train config.yml`, which knows the names before it reads them:
+
+    ```python
+    class SaIPlugin(axolotl.integrations.base.BasePlugin):
+        def add_callbacks_post_trainer(self, cfg, trainer):
+            return [GSNRCallback(trainer)]
     ```
     """
 
@@ -168,9 +180,9 @@ class GSNRCallback(TrainerCallback):
 
     def _log(self, state: TrainerState, scalars: dict[str, float]) -> None:
         if self.trainer is not None:
-            # Not `self.trainer.log`: TRL's averages and clears its own metrics there, at the wrong step.
             control = self.trainer.control
             due = control.should_log
+            # Not `self.trainer.log`: TRL's averages and clears its own metrics there, at the wrong step.
             Trainer.log(self.trainer, scalars)
             control.should_log = due  # the host's own log of this step is yet to come
             return
@@ -264,8 +276,10 @@ def premeasure(optimizer: Any, model: Any, batches: Iterable[Any], count: int, a
 
 def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
     """One warning where `learning_rate` is still the default of the arguments' class, which is tuned for Adam."""
-    fields = {field.name: field.default for field in dataclasses.fields(args)}
-    if args.learning_rate != fields.get("learning_rate"):
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    # Unsloth's classes have other defaults than their fields: in an __init__ of their own.
+    defaults |= {name: each.default for name, each in inspect.signature(type(args)).parameters.items()}
+    if args.learning_rate != defaults.get("learning_rate"):
         return
     record = next(record for record in list_records() if record.name == optim_name(args))
     if record.routed:  # its learning rates are AdamW's

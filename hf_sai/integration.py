@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 import trainer_patches
-from trainer_patches.compat import decay_parameter_names, target_module_matches
+from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
 from .optim.registry import OptimizerRecord, OptionError, get_record, list_records, parse_options, record_of
 from .optim.routing import ADAM, route_parameters, summary
@@ -277,7 +277,14 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     kwargs |= options
     shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")
     logger.info("optim=%s: %s", record.name, shown)
-    if context.model is not None:
+    own_groups = settings_of_own_groups(args)
+    if record.routed and (own_groups or context.model is None):
+        reason = f"the trainer's {own_groups[0]} makes" if own_groups else "the trainer gives no model and makes"
+        raise OptionError(
+            f"optim={record.name!r} is routed by the model's modules, but {reason} groups without them; leave out "
+            "learning rates for parts of the model (embedding_learning_rate in Unsloth), or use optim='sgd_sai'"
+        )
+    if context.model is not None and not own_groups:
         if record.routed:
             routing["target_modules"] = getattr(args, "optim_target_modules", None)
         names = _decay_rule.get()(context.model)

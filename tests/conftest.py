@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 
 _HOME = tempfile.mkdtemp(prefix="hf_sai_tests_")
@@ -33,6 +37,23 @@ import torch  # noqa: E402
 def _seed():
     """The same random numbers in every test, alone or together."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Forks of one process that has imported all: a new one would need seconds for it. The list is read once."""
+    context = multiprocessing.get_context("forkserver")
+    trainers = [f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "reward")]
+    context.set_forkserver_preload(["helpers", "hf_sai.trainer", "hf_sai.cli.run", "hf_sai.report.plots", *trainers])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path])))
+        yield context
+
+
+def pytest_collection_finish():
+    """What is imported by now need not be looked through by the collection at the end of every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish():

@@ -92,3 +92,14 @@ def target_module_matches(target_modules: str | list[str], module_name: str) -> 
     from transformers.trainer_utils import check_target_module_exists
 
     return bool(check_target_module_exists(target_modules, module_name))
+
+
+def settings_of_own_groups(args: Any) -> list[str]:
+    """
+    What is set in a host's arguments that makes its Trainer build groups with learning rates for parts of the model.
+
+    axolotl's `OptimizerMixin.create_optimizer` has these four, and drops its groups where a handler gives some. Seen
+    at commit 0e4982e. Remove when it keeps them.
+    """
+    names = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
+    return [name for name in names if getattr(args, name, None)]
