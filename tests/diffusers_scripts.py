@@ -1,0 +1,150 @@
+"""
+The training scripts of a checkout of diffusers, unmodified, with our optimizers, and the table of what came of it.
+
+    DIFFUSERS_EXAMPLES=<checkout>/examples python tests/diffusers_scripts.py docs/diffusers-scripts.md
+
+The scripts want torchvision; see docs/diffusers-scripts.md for what to install beside a torch for CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+COMMON = "--output_dir={out} --max_train_steps=4 --checkpointing_steps=2 --seed=0"
+SMALL = f"{COMMON} --resolution=64 --train_batch_size=2"
+MODEL = "--pretrained_model_name_or_path={models}/%s"
+PICTURES = "--train_data_dir={data}/pictures"
+EDITS = (
+    "--train_data_dir={data}/edits --original_image_column=original_image --edited_image_column=edited_image "
+    "--edit_prompt_column=edit_prompt"
+)
+CONDITIONS = "--train_data_dir={data}/conditions"
+INSTANCES = "--instance_data_dir={data}/plain --instance_prompt=drawing"
+FLUX_CONTROL = "--jsonl_for_train={data}/control.jsonl --offload"
+OPTIMS = {"sgd_sai": "momentum=0.9,normalize=none", "swan": "lora_policy=both"}
+
+
+def _of(pipeline, rest, options=SMALL):
+    return f"{MODEL % pipeline} {options} {rest}"
+
+
+# Script, below examples/, and its own options.
+CASES = {
+    "text_to_image/train_text_to_image_lora.py": _of("sd", PICTURES),
+    "text_to_image/train_text_to_image.py": _of("sd", PICTURES),
+    "text_to_image/train_text_to_image_lora_sdxl.py": _of("sdxl", f"{PICTURES} --train_text_encoder"),
+    "text_to_image/train_text_to_image_sdxl.py": _of("sdxl", PICTURES),
+    "dreambooth/train_dreambooth.py": _of("sd", f"{INSTANCES} --train_text_encoder"),
+    "dreambooth/train_dreambooth_lora.py": _of("sd", f"{INSTANCES} --train_text_encoder"),
+    "dreambooth/train_dreambooth_lora_sdxl.py": _of("sdxl", f"{INSTANCES} --train_text_encoder"),
+    "dreambooth/train_dreambooth_lora_sd3.py": _of("sd3", INSTANCES),
+    "dreambooth/train_dreambooth_sd3.py": _of("sd3", INSTANCES),
+    "dreambooth/train_dreambooth_lora_flux.py": _of("flux", INSTANCES),
+    "dreambooth/train_dreambooth_flux.py": _of("flux", INSTANCES),
+    "dreambooth/train_dreambooth_lora_flux_kontext.py": _of("flux", INSTANCES),
+    "controlnet/train_controlnet.py": _of("sd", CONDITIONS),
+    "controlnet/train_controlnet_sdxl.py": _of("sdxl", CONDITIONS),
+    "controlnet/train_controlnet_sd3.py": _of("sd3_deep", CONDITIONS),
+    "controlnet/train_controlnet_flux.py": _of("flux", CONDITIONS),
+    "textual_inversion/textual_inversion.py": _of(
+        "sd", "--train_data_dir={data}/plain --placeholder_token=<thing> --initializer_token=the"
+    ),
+    "textual_inversion/textual_inversion_sdxl.py": _of(
+        "sdxl", "--train_data_dir={data}/plain --placeholder_token=<thing> --initializer_token=the"
+    ),
+    "instruct_pix2pix/train_instruct_pix2pix.py": _of("sd", EDITS),
+    "instruct_pix2pix/train_instruct_pix2pix_sdxl.py": _of("sdxl", EDITS),
+    "unconditional_image_generation/train_unconditional.py": (
+        "--train_data_dir={data}/plain --output_dir={out} --resolution=32 --train_batch_size=2 --num_epochs=1 "
+        "--model_config_name_or_path={models}/sd/unet_plain --checkpointing_steps=2 --ddpm_num_inference_steps=2 "
+        "--logger=tensorboard --save_images_epochs=10"
+    ),
+    "consistency_distillation/train_lcm_distill_lora_sdxl.py": (
+        f"--pretrained_teacher_model={{models}}/sdxl {SMALL} {PICTURES}"
+    ),
+    "advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py": _of(
+        "sd", f"{INSTANCES} --token_abstraction=TOK --train_text_encoder_ti"
+    ),
+    "advanced_diffusion_training/train_dreambooth_lora_sdxl_advanced.py": _of(
+        "sdxl", f"{INSTANCES} --token_abstraction=TOK --train_text_encoder_ti"
+    ),
+    "advanced_diffusion_training/train_dreambooth_lora_flux_advanced.py": _of(
+        "flux", f"{INSTANCES} --token_abstraction=TOK"
+    ),
+    "custom_diffusion/train_custom_diffusion.py": _of("sd", f"{INSTANCES} --modifier_token=<new1>"),
+    "flux-control/train_control_lora_flux.py": _of("flux", f"{FLUX_CONTROL} --gaussian_init_lora"),
+    "flux-control/train_control_flux.py": _of("flux", FLUX_CONTROL),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one run."""
+
+    script: str
+    optim: str
+    steps: int
+    ok: bool
+    remark: str
+    seconds: float
+
+
+def run_case(script, optim, examples, root):
+    """Runs one script with one of our optimizers on what [`prepare`] wrote to a folder."""
+    out = root / "out" / f"{Path(script).stem}-{optim}"
+    options = CASES[script].format(models=root / "models", data=root / "data", out=out).split()
+    command = [sys.executable, "-m", "hf_sai.run", "--optim", optim, "--optim_args", OPTIMS[optim]]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [*command, str(Path(examples) / script), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+    )
+    seconds = time.perf_counter() - began
+    out.mkdir(parents=True, exist_ok=True)
+    (root / "out" / f"{Path(script).stem}-{optim}.log").write_text(done.stdout + done.stderr)
+    ran = re.search(r"^hf-sai: \w+ ran, (\d+) steps", done.stderr, re.M)
+    last = done.stderr.strip().splitlines()[-1:] or [""]
+    ok = done.returncode == 0 and ran is not None
+    return Result(script, optim, int(ran[1]) if ran else 0, ok, "" if ok else last[0][:160], seconds)
+
+
+def prepare(root):
+    """Pipelines and data for all the scripts."""
+    from tiny_pipelines import PIPELINES, sd3, unconditional_unet, write_data
+
+    for name, make in PIPELINES.items():
+        make().save_pretrained(root / "models" / name)
+    sd3(layers=13).save_pretrained(root / "models" / "sd3_deep")  # ControlNet's copy takes the first twelve
+    unconditional_unet().save_config(root / "models" / "sd" / "unet_plain")
+    write_data(root / "data")
+
+
+def main():
+    examples, target = os.environ["DIFFUSERS_EXAMPLES"], Path(sys.argv[1])
+    chosen = [script for script in CASES if not sys.argv[2:] or any(each in script for each in sys.argv[2:])]
+    optims = os.environ.get("OPTIMS", ",".join(OPTIMS)).split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(os.environ.get("DIFFUSERS_ROOT") or folder)
+        if not (root / "models").exists():
+            prepare(root)
+        results = []
+        for script in chosen:
+            for optim in optims:
+                results.append(run_case(script, optim, examples, root))
+                target.write_text(repr(results))
+
+
+if __name__ == "__main__":
+    main()
