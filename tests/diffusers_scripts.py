@@ -28,7 +28,10 @@ EDITS = (
 )
 CONDITIONS = "--train_data_dir={data}/conditions"
 INSTANCES = "--instance_data_dir={data}/plain --instance_prompt=drawing"
-FLUX_CONTROL = "--jsonl_for_train={data}/control.jsonl --offload"
+FLUX_CONTROL = (
+    "--jsonl_for_train={data}/control.jsonl --image_column=image --conditioning_image_column=conditioning_image "
+    "--caption_column=text"
+)
 OPTIMS = {"sgd_sai": "momentum=0.9,normalize=none", "swan": "lora_policy=both"}
 
 
@@ -79,7 +82,7 @@ CASES = {
     "advanced_diffusion_training/train_dreambooth_lora_flux_advanced.py": _of(
         "flux", f"{INSTANCES} --token_abstraction=TOK"
     ),
-    "custom_diffusion/train_custom_diffusion.py": _of("sd", f"{INSTANCES} --modifier_token=<new1>"),
+    "custom_diffusion/train_custom_diffusion.py": _of("sd", f"{INSTANCES} --modifier_token=<new1> --initializer_token=the"),
     "flux-control/train_control_lora_flux.py": _of("flux", f"{FLUX_CONTROL} --gaussian_init_lora"),
     "flux-control/train_control_flux.py": _of("flux", FLUX_CONTROL),
 }
@@ -99,7 +102,7 @@ class Result:
 
 def run_case(script, optim, examples, root):
     """Runs one script with one of our optimizers on what [`prepare`] wrote to a folder."""
-    out = root / "out" / f"{Path(script).stem}-{optim}"
+    out = f"{Path(script).stem}-{optim}"  # some scripts make file names of it, so it is no path
     options = CASES[script].format(models=root / "models", data=root / "data", out=out).split()
     command = [sys.executable, "-m", "hf_sai.run", "--optim", optim, "--optim_args", OPTIMS[optim]]
     began = time.perf_counter()
@@ -108,15 +111,15 @@ def run_case(script, optim, examples, root):
         capture_output=True,
         text=True,
         check=False,
-        cwd=root,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+        cwd=root / "out",
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"},
     )
     seconds = time.perf_counter() - began
-    out.mkdir(parents=True, exist_ok=True)
-    (root / "out" / f"{Path(script).stem}-{optim}.log").write_text(done.stdout + done.stderr)
+    (root / "out" / f"{out}.log").write_text(done.stdout + done.stderr)
     ran = re.search(r"^hf-sai: \w+ ran, (\d+) steps", done.stderr, re.M)
     last = done.stderr.strip().splitlines()[-1:] or [""]
-    ok = done.returncode == 0 and ran is not None
+    report = root / "out" / out / "gsnr_report.json"
+    ok = done.returncode == 0 and ran is not None and report.is_file()
     return Result(script, optim, int(ran[1]) if ran else 0, ok, "" if ok else last[0][:160], seconds)
 
 
@@ -129,6 +132,7 @@ def prepare(root):
     sd3(layers=13).save_pretrained(root / "models" / "sd3_deep")  # ControlNet's copy takes the first twelve
     unconditional_unet().save_config(root / "models" / "sd" / "unet_plain")
     write_data(root / "data")
+    (root / "out").mkdir()
 
 
 def main():

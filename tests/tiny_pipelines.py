@@ -160,6 +160,15 @@ def write_data(root, count=8):
     for folder, lines in rows.items():
         if lines:
             (root / folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    control = [
+        {
+            "image": str(root / "conditions" / row["image_file_name"]),
+            "conditioning_image": str(root / "conditions" / row["conditioning_image_file_name"]),
+            "text": row["text"],
+        }
+        for row in rows["conditions"]
+    ]
+    (root / "control.jsonl").write_text("".join(json.dumps(row) + "\n" for row in control))
 
 
 def unconditional_unet():
