@@ -1,14 +1,19 @@
 """
 The training scripts of a checkout of diffusers, unmodified, with our optimizers, and the table of what came of it.
 
-    DIFFUSERS_EXAMPLES=<checkout>/examples python tests/diffusers_scripts.py docs/diffusers-scripts.md
+    python tests/diffusers_scripts.py --examples <checkout>/examples --commit <its commit> docs/diffusers-scripts.md
 
-The scripts want torchvision; see docs/diffusers-scripts.md for what to install beside a torch for CPUs.
+The scripts want torchvision; docs/diffusers-scripts.md says which one to put beside a torch for CPUs.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import importlib.metadata
+import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -82,7 +87,9 @@ CASES = {
     "advanced_diffusion_training/train_dreambooth_lora_flux_advanced.py": _of(
         "flux", f"{INSTANCES} --token_abstraction=TOK"
     ),
-    "custom_diffusion/train_custom_diffusion.py": _of("sd", f"{INSTANCES} --modifier_token=<new1> --initializer_token=the"),
+    "custom_diffusion/train_custom_diffusion.py": _of(
+        "sd", f"{INSTANCES} --modifier_token=<new1> --initializer_token=the"
+    ),
     "flux-control/train_control_lora_flux.py": _of("flux", f"{FLUX_CONTROL} --gaussian_init_lora"),
     "flux-control/train_control_flux.py": _of("flux", FLUX_CONTROL),
 }
@@ -97,7 +104,7 @@ class Result:
     steps: int
     ok: bool
     remark: str
-    seconds: float
+    seconds: float  # on a machine that others may use
 
 
 def run_case(script, optim, examples, root):
@@ -135,19 +142,64 @@ def prepare(root):
     (root / "out").mkdir()
 
 
+def table(results, commit):
+    """Markdown: one row per script, one column per optimizer."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "accelerate", "peft")}
+    scripts = [script for script in CASES if any(result.script == script for result in results)]
+    good = [script for script in scripts if all(result.ok for result in results if result.script == script)]
+    lines = [
+        "# Diffusers' training scripts",
+        "",
+        f"Written by `tests/diffusers_scripts.py`: the scripts of diffusers' repository at commit `{commit}`, "
+        "unmodified, with tiny random pipelines, four steps each on a CPU, through "
+        "`hf-sai run --optim ... --optim_args ... script.py ...`. A number of steps is what the launcher said at the "
+        "end of a run that ended well and left `gsnr_report.json` in the script's `--output_dir`. Python "
+        f"{platform.python_version()}, {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        "",
+        f"{len(good)} of {len(scripts)} scripts reached their last step with {' and '.join(OPTIMS)}.",
+        "",
+        f"| script | {' | '.join(f'`{optim}`' for optim in OPTIMS)} |",
+        f"| --- |{' --- |' * len(OPTIMS)}",
+    ]
+    for script in scripts:
+        cells = []
+        for optim in OPTIMS:
+            found = [each for each in results if (each.script, each.optim) == (script, optim)]
+            cells += [f"{each.steps} steps" if each.ok else f"no: {each.remark}" for each in found] or ["not run"]
+        lines.append(f"| `{script}` | {' | '.join(cells)} |")
+    options = " ".join(f"`--optim {optim} --optim_args {given}`" for optim, given in OPTIMS.items())
+    lines += [
+        "",
+        f"Options: {options}; the scripts' own stand in `tests/diffusers_scripts.py`. To run them again:",
+        "",
+        "```bash",
+        "pip install --no-deps --target tv torchvision==0.16.2  # one that loads beside a torch for CPUs",
+        "PYTHONPATH=tv python tests/diffusers_scripts.py --examples diffusers/examples docs/diffusers-scripts.md",
+        "DIFFUSERS_EXAMPLES=diffusers/examples PYTHONPATH=tv pytest tests/test_diffusers_scripts.py",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main():
-    examples, target = os.environ["DIFFUSERS_EXAMPLES"], Path(sys.argv[1])
-    chosen = [script for script in CASES if not sys.argv[2:] or any(each in script for each in sys.argv[2:])]
-    optims = os.environ.get("OPTIMS", ",".join(OPTIMS)).split(",")
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(os.environ.get("DIFFUSERS_ROOT") or folder)
-        if not (root / "models").exists():
-            prepare(root)
-        results = []
-        for script in chosen:
-            for optim in optims:
-                results.append(run_case(script, optim, examples, root))
-                target.write_text(repr(results))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="the table")
+    parser.add_argument("--examples", required=True, help="folder of a checkout")
+    parser.add_argument("--commit", default="unknown", help="of the checkout")
+    parser.add_argument("--root", type=Path, help="where to work, and to find what ran before. Default: a new folder")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of names of scripts")
+    args = parser.parse_args()
+    root = args.root or Path(tempfile.mkdtemp())
+    if not (root / "models").exists():
+        prepare(root)
+    kept = root / "results.json"
+    results = [Result(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
+    for script in CASES:
+        for optim in OPTIMS if any(part in script for part in args.only) else ():
+            results = [each for each in results if (each.script, each.optim) != (script, optim)]
+            results.append(run_case(script, optim, args.examples, root))
+            kept.write_text(json.dumps([dataclasses.asdict(each) for each in results], indent=1))
+            args.output.write_text(table(results, args.commit))
 
 
 if __name__ == "__main__":
