@@ -19,7 +19,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SaIConfig
-from .integration import assert_optimizer, check_sharded, name_parameters, unwrap_optimizer
+from .integration import (
+    assert_optimizer,
+    check_sharded,
+    count_measurements,
+    name_parameters,
+    unwrap_optimizer,
+)
 from .optim.measure import measure_gsnr
 from .optim.registry import OptionError, list_records, record_of
 from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, copy_whole, thinned
@@ -90,7 +96,7 @@ class GSNRCallback(TrainerCallback):
         check_sharded(live, args)
         if kwargs.get("model") is not None:
             name_parameters(live, kwargs["model"])
-        if _measurements(live):  # resumed: what it was measured on stands in the report of then
+        if count_measurements(live):  # resumed: what it was measured on stands in the report of then
             self.report = GSNRReport.from_optimizer(
                 live, _run_facts(args, state, live), schedule_range(kwargs.get("lr_scheduler"), state.max_steps)
             )
@@ -300,16 +306,8 @@ def optim_name(args: TrainingArguments) -> str:
 
 def _has_news(optimizer: Any, report: GSNRReport | None) -> bool:
     """Whether something was measured since the report was built."""
-    measurements = _measurements(optimizer)
+    measurements = count_measurements(optimizer)
     return measurements > 0 and (report is None or report.run["measurements"] != measurements)
-
-
-def _measurements(optimizer: Any) -> int:
-    """Gradients that were measured, and tensors with a given scale that began to move; of SWAN all with a state."""
-    if not hasattr(optimizer, "gsnr_statistics"):
-        return len(optimizer.state)
-    states = optimizer.state.values()
-    return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
 
 
 def _run_facts(args: TrainingArguments, state: TrainerState, optimizer: Any) -> dict[str, Any]:
@@ -317,7 +315,7 @@ def _run_facts(args: TrainingArguments, state: TrainerState, optimizer: Any) -> 
     per_device = state.train_batch_size or args.train_batch_size  # auto_find_batch_size changes the first
     clipping = args.max_grad_norm
     return {
-        "measurements": _measurements(optimizer),
+        "measurements": count_measurements(optimizer),
         "trainer_step": state.global_step,
         "world_size": args.world_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

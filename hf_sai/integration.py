@@ -239,6 +239,17 @@ def name_parameters(optimizer: Optimizer, model: nn.Module) -> None:
         group.setdefault("param_names", [names.get(param, "unnamed") for param in group["params"]])
 
 
+def count_measurements(optimizer: Any) -> int:
+    """
+    How much there is to report, to be compared with a later answer: gradients that were measured, and tensors with a
+    given scale that began to move; of SWAN all with a state.
+    """
+    if not hasattr(optimizer, "gsnr_statistics"):
+        return len(optimizer.state)
+    states = optimizer.state.values()
+    return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
+
+
 def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper (and any other that keeps it as `.optimizer`)."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):

@@ -7,13 +7,18 @@ import logging
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from accelerate import Accelerator
+from helpers import files_below
 from torch import nn
 
-from hf_sai import SWAN, SGDSaI, create_optimizer
+from hf_sai import SWAN, GSNRReport, SGDSaI, create_optimizer
 from hf_sai.cli.run import Replacement, Script, launch
+from hf_sai.hub.card import update_card
 from hf_sai.optim import OptionError
+from hf_sai.report import plots
 from trainer_patches.script_optimizer import (
     ForeignOptimizerError,
     guarded_steps,
@@ -29,9 +34,13 @@ ADAMW = torch.optim.AdamW
 
 @pytest.fixture
 def run_script(monkeypatch, tmp_path):
-    """Runs the stand-in for diffusers' scripts in this process, and returns what it found."""
+    """
+    Runs the stand-in for diffusers' scripts in this process, and returns what it found; draws a picture on request.
+    """
+    draw = plots.report_png
 
-    def run(*arguments, optim="sgd_sai", optim_args=None):
+    def run(*arguments, optim="sgd_sai", optim_args=None, picture=False):
+        monkeypatch.setattr(plots, "report_png", draw if picture else lambda report: b"")
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         monkeypatch.setattr(sys, "argv", ["hf-sai"])
         monkeypatch.setattr(sys, "path", ["", *sys.path])
@@ -152,6 +161,48 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(run_script, tmp_path):
     for part in ("unet", "text_encoder"):
         for one, other in zip(whole["after"][part], resumed["after"][part], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_report_and_card_ride_along_with_checkpoints_and_the_scripts_own_push(run_script, tmp_path, monkeypatch):
+    pushed = {}
+
+    def upload(*, repo_id, folder_path, commit_message):
+        pushed.update({str(path.relative_to(folder_path)): path.read_bytes() for path in files_below(folder_path)})
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    found = run_script("--save_state", str(tmp_path / "checkpoint-4"), "--push_to_hub", picture=True)
+    report = GSNRReport.load(tmp_path)
+    assert [row.name for row in report.tensors] == [
+        *(f"Sequential.{name}" for name, _ in sys.modules["__main__"].unet.named_parameters()),
+        *(f"Encoder.{name}" for name, _ in sys.modules["__main__"].text_encoder.named_parameters()),
+    ]
+    statistics = found["optimizer"].gsnr_statistics()
+    assert [row.scale for row in report.tensors] == [each.scale for each in statistics]
+    assert report.run == {"measurements": 13, "world_size": 1}
+    assert report == GSNRReport.load(tmp_path / "checkpoint-4")
+    assert (tmp_path / "gsnr_report.png").read_bytes() == (tmp_path / "checkpoint-4" / "gsnr_report.png").read_bytes()
+    assert {"gsnr_report.json", "gsnr_report.png", "README.md", "checkpoint-4/gsnr_report.json"} <= set(pushed)
+    card = pushed["README.md"].decode()
+    (tmp_path / "expected.md").write_text("---\nlicense: openrail++\n---\n\n# LoRA of a script\n")
+    update_card(tmp_path / "expected.md", report)
+    assert card == (tmp_path / "README.md").read_text() == (tmp_path / "expected.md").read_text()
+    assert "# LoRA of a script\n\n<!-- hf-sai:begin -->" in card
+    assert huggingface_hub.upload_folder is upload  # the moments are undone
+    assert {Accelerator.save_state.__module__, Accelerator.end_training.__module__} == {"accelerate.accelerator"}
+    assert not any(hasattr(each, "__wrapped__") for each in (Accelerator.save_state, Accelerator.end_training))
+
+
+def test_start_and_end_are_said_and_a_report_that_cannot_be_written_is_a_warning(
+    run_script, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.setattr(GSNRReport, "save", lambda self, folder: 1 / 0)
+    run_script("--params", "groups", "--learning_rate", "0.1")
+    assert capsys.readouterr().err.splitlines() == [
+        "hf-sai: SGDSaI in the place of torch.optim.AdamW: 13 tensors (0.000204 M elements), lr 0.1, 0.025, weight "
+        "decay 0.01, 0.5",
+        "hf-sai: SGDSaI ran, 4 steps",
+    ]
+    assert "The report could not be written; the script goes on." in caplog.text
 
 
 def launched(tmp_path, monkeypatch, code, *arguments):
@@ -299,7 +350,7 @@ def test_a_library_that_derives_from_it_with_a_step_of_its_own_is_stopped():
         torch.optim.AdamW([param]).step()
         with pytest.raises(ForeignOptimizerError, match="stop"):
             Theirs([param]).step()
-    assert stepped == [Renamed, stand_in]
+    assert stepped == {Renamed: 1, stand_in: 1}
 
 
 def test_an_error_of_options_is_one_that_catches_value_errors():

@@ -14,7 +14,7 @@ import sgd_sai
 import torch
 from reference import ReferenceSGDSaI
 
-from hf_sai.optim import SGDSaI
+from hf_sai.optim import SWAN, SGDSaI
 from hf_sai.optim.gsnr import NORMALIZATIONS
 
 
@@ -521,13 +521,28 @@ def test_load_of_an_empty_state_leaves_everything_unmeasured():
     assert (optimizer.gsnr_statistics()[0].status, optimizer.gsnr_statistics()[0].step) == ("measured", 1)
 
 
-def test_state_of_another_optimizer_is_refused_by_name():
-    params = params_like((4,))
-    other = torch.optim.AdamW(params)
-    set_gradients(params, [torch.randn(4)])
-    other.step()
-    with pytest.raises(ValueError, match=r"only state that SGDSaI saved.*exp_avg, exp_avg_sq.*another optimizer"):
-        SGDSaI(params).load_state_dict(other.state_dict())
+@pytest.mark.parametrize(
+    ("other", "name", "kept"),
+    [
+        (torch.optim.AdamW, "AdamW", "exp_avg, exp_avg_sq, step"),
+        (torch.optim.Adam, "Adam", "exp_avg, exp_avg_sq, step"),
+        (lambda params: torch.optim.SGD(params, momentum=0.9), "SGD", "momentum_buffer"),
+        (SWAN, "SWAN", "step"),
+        (torch.optim.Adagrad, "another optimizer", "step, sum"),
+    ],
+    ids=["adamw", "adam", "sgd", "swan", "adagrad"],
+)
+def test_state_of_another_optimizer_is_refused_by_name(other, name, kept):
+    params = params_like((4, 4))
+    optimizer = other(params)
+    set_gradients(params, [torch.randn(4, 4)])
+    optimizer.step()
+    with pytest.raises(ValueError, match="^SGDSaI loads only") as error:
+        SGDSaI(params).load_state_dict(optimizer.state_dict())
+    assert str(error.value) == (
+        f"SGDSaI loads only state that SGDSaI saved, but {name} saved this one (it keeps {kept} per tensor); resume "
+        f"with {name}, or start without its checkpoint"
+    )
 
 
 @pytest.mark.parametrize(

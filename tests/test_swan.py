@@ -203,7 +203,7 @@ def test_state_of_another_optimizer_is_refused():
     param.grad = torch.randn(4, 6)
     adamw = torch.optim.AdamW([param])
     adamw.step()
-    with pytest.raises(ValueError, match=r"SWAN loads only state that SWAN saved, but this state keeps exp_avg"):
+    with pytest.raises(ValueError, match=r"SWAN loads only state that SWAN saved, but AdamW saved this one"):
         SWAN([param]).load_state_dict(adamw.state_dict())
 
 

@@ -11,13 +11,14 @@ import contextlib
 import gc
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 Group = dict[str, Any]
@@ -157,8 +158,10 @@ def replaced_adamw(stand_in: type[Optimizer]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def guarded_steps(
-    accepts: Callable[[Optimizer], bool], refusal: Callable[[Optimizer], str]
-) -> Iterator[list[type[Optimizer]]]:
+    accepts: Callable[[Optimizer], bool],
+    refusal: Callable[[Optimizer], str],
+    after: Callable[[Optimizer], None] | None = None,
+) -> Iterator[dict[type[Optimizer], int]]:
     """
     While it is open, the first step of an optimizer that is not accepted is an error.
 
@@ -167,28 +170,38 @@ def guarded_steps(
     Args:
         accepts (callable): From an optimizer, without accelerate's wrapper, to whether it may step.
         refusal (callable): From one that may not to the message of the error.
+        after (callable, *optional*): Called with an accepted one after each of its steps.
 
     Yields:
-        `list[type]`: Classes of the accepted optimizers that have stepped, each once.
+        `dict[type, int]`: How many steps the accepted optimizers have begun, by class.
 
     Raises:
         `ForeignOptimizerError`: In the optimizer's `step()`.
     """
-    stepped: list[type[Optimizer]] = []
+    stepped: dict[type[Optimizer], int] = {}
 
     def check(optimizer: Any, args: Any, kwargs: Any) -> None:
-        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = optimizer.optimizer
+        optimizer = _unwrapped(optimizer)
         if _has_another_step(type(optimizer)) or not accepts(optimizer):
             raise ForeignOptimizerError(refusal(optimizer))
-        if type(optimizer) not in stepped:
-            stepped.append(type(optimizer))
+        stepped[type(optimizer)] = stepped.get(type(optimizer), 0) + 1
 
-    handle = register_optimizer_step_pre_hook(check)
+    def done(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if after is not None:
+            after(_unwrapped(optimizer))
+
+    handles = [register_optimizer_step_pre_hook(check), register_optimizer_step_post_hook(done)]
     try:
         yield stepped
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _has_another_step(cls: type) -> bool:
@@ -200,6 +213,24 @@ def _has_another_step(cls: type) -> bool:
     # Torch wraps the step of the class that is built first, so what it wraps is compared.
     later = [vars(each)["step"] for each in cls.__mro__[: start - 1] if "step" in vars(each)]
     return any(inspect.unwrap(step) is not inspect.unwrap(own) for step in later)
+
+
+def named_modules_of(params: Iterable[Tensor]) -> nn.ModuleDict:
+    """
+    The [`root_modules`] of some parameters, each under the name of its class, with a number from the second on.
+
+    Args:
+        params (iterable of `torch.Tensor`): As the optimizer gets them.
+
+    Returns:
+        `torch.nn.ModuleDict`: Such as `{"UNet2DConditionModel": ..., "CLIPTextModel": ..., "CLIPTextModel_2": ...}`.
+    """
+    found = nn.ModuleDict()
+    for module in root_modules(params):
+        name = type(module).__name__
+        count = sum(re.fullmatch(rf"{name}(_\d+)?", each) is not None for each in found)
+        found[f"{name}_{count + 1}" if count else name] = module
+    return found
 
 
 def root_modules(params: Iterable[Tensor]) -> list[nn.Module]:

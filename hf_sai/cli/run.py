@@ -18,14 +18,16 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
+from torch.nn import ModuleDict, ModuleList
 from torch.optim.optimizer import Optimizer
 
 from trainer_patches import parse_optim_args
+from trainer_patches.script_artifacts import artifact_moments
 from trainer_patches.script_optimizer import (
     Group,
     guarded_steps,
+    named_modules_of,
     replaced_adamw,
-    root_modules,
     stand_in_for_adamw,
 )
 
@@ -33,11 +35,13 @@ from ..integration import splitting_mode
 from ..optim import route_parameters
 from ..optim.registry import OptimizerRecord, OptionError, get_record, parse_options, record_of
 from ..optim.routing import ADAM, route_by_shape, summary
+from .script_report import ScriptReport
 
 
 logger = logging.getLogger(__name__)
 
-ADAMW_LEARNING_RATES = (1e-3, 1e-4)  # the defaults of torch and of diffusers' scripts
+# The defaults of torch and of diffusers' scripts.
+ADAMW_LEARNING_RATES = (1e-3, 5e-4, 3e-4, 1e-4, 2e-5, 1e-5, 5e-6, 1e-6)
 _OPTIMIZER_FLAGS = ("--use_8bit_adam", "--optimizer", "--optimizer_type", "--optim", "--use_prodigy")
 
 HELP = """
@@ -205,6 +209,12 @@ def _exit(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def _say(message: str) -> None:
+    """A line on the terminal, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"hf-sai: {message}", err=True)
+
+
 def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     sys.__excepthook__(kind, error.with_traceback(without_launcher(traceback)), None)
 
@@ -238,7 +248,8 @@ class Replacement:
     routing: dict[str, Any] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
     built: int = 0
-    stepped: list[type[Optimizer]] = field(default_factory=list)
+    stepped: dict[type[Optimizer], int] = field(default_factory=dict)
+    report: ScriptReport = field(default_factory=lambda: ScriptReport(int(os.environ.get("WORLD_SIZE", "1"))))
     _said: set[str] = field(default_factory=set)
 
     @classmethod
@@ -280,11 +291,16 @@ class Replacement:
             self.record.cls,
             self.options,
             uses=("betas", "eps") if self.record.routed else (),
-            prepare=self._with_routes if self.record.routed else None,
+            prepare=self._prepared,
             on_build=self._on_build,
         )
         accepts = lambda optimizer: record_of(optimizer) is not None  # noqa: E731
-        with replaced_adamw(stand_in), guarded_steps(accepts, self._refusal) as self.stepped:
+        report = self.report
+        with (
+            replaced_adamw(stand_in),
+            guarded_steps(accepts, self._refusal, report.read) as self.stepped,
+            artifact_moments(report.on_checkpoint, report.write, report.write),
+        ):
             yield
 
     def check_used(self) -> None:
@@ -295,7 +311,14 @@ class Replacement:
             `SystemExit`: With 1: none was built.
         """
         name = self.record.name
-        if self.stepped or {"-h", "--help"} & set(self.arguments):
+        if self.stepped:
+            where = "" if self.report.folder is None else f"; report in {self.report.folder}"
+            for cls, steps in self.stepped.items():
+                _say(f"{cls.__name__} ran, {steps} steps{where}")
+            if self.report.folder is None:
+                logger.warning("No report was written: the script gave accelerate no folder (project_dir).")
+            return
+        if {"-h", "--help"} & set(self.arguments):
             return
         if not self.built:
             _exit(
@@ -337,8 +360,13 @@ class Replacement:
                 "hf-sai's --optim for this script, or choose another optimizer"
             )
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        decays = [group["weight_decay"] for group in optimizer.param_groups]
-        logger.info("%s in the place of torch.optim.AdamW: lr %s, weight_decay %s", name, rates, decays)
+        decays = [float(group["weight_decay"]) for group in optimizer.param_groups]
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        _say(
+            f"{type(optimizer).__name__} in the place of torch.optim.AdamW: {len(params)} tensors "
+            f"({sum(param.numel() for param in params) / 1e6:.3g} M elements), lr {_listed(rates)}, "
+            f"weight decay {_listed(decays)}"
+        )
         if unused:
             self._warn_once("%s does not use what the script sets for AdamW: %s.", name, ", ".join(unused))
         like_adamw = [rate for rate in rates if any(math.isclose(rate, each) for each in ADAMW_LEARNING_RATES)]
@@ -351,23 +379,44 @@ class Replacement:
             self._said.add(text)
             logger.warning(text, *values)
 
-    def _with_routes(self, groups: list[Group]) -> list[Group]:
-        """The groups with each parameter's route and reason, from the modules that are found to hold it."""
+    def _prepared(self, groups: list[Group]) -> list[Group]:
+        """
+        The groups with a name for each parameter and, where the optimizer needs it, route and reason: a script hands
+        on bare tensors, so both are taken from the modules that are found to hold them.
+        """
         plain = [[item[1] if isinstance(item, tuple) else item for item in group["params"]] for group in groups]
         params = [param for group in plain for param in group]
+        modules = named_modules_of(params)
+        tree = next(iter(modules.values())) if len(modules) == 1 else modules
+        names = {param: name for name, param in tree.named_parameters()}
+        lost = [param for param in params if param not in names]
+        names |= {param: f"unnamed.{index}" for index, param in enumerate(lost)}
+        named = [
+            {**group, "params": [item if isinstance(item, tuple) else (names[item], item) for item in group["params"]]}
+            for group in groups
+        ]
+        return self._with_routes(named, plain, modules) if self.record.routed else named
+
+    def _with_routes(self, groups: list[Group], plain: list[list[torch.Tensor]], modules: ModuleDict) -> list[Group]:
+        params = [param for group in plain for param in group]
         known: dict[torch.Tensor, tuple[str, str]] = {}
-        roots = root_modules(params)
-        if roots:  # with a matrix beside them: whether there is one is asked of the whole optimizer, when it is built
-            rows = route_parameters(torch.nn.ModuleList([*roots, torch.nn.Linear(2, 2)]), **self.routing)
+        if (
+            modules
+        ):  # with a matrix beside them: whether there is one is asked of the whole optimizer, when it is built
+            rows = route_parameters(ModuleList([*modules.values(), torch.nn.Linear(2, 2)]), **self.routing)
             known = {row.param: (row.route, row.reason) for row in rows}
         lost = sum(param not in known and param.requires_grad for param in params)
         if lost:
             logger.warning("%s: the modules of %d tensors were not found; routed by shape.", self.record.name, lost)
         found = [[known.get(param) or route_by_shape(param.shape) for param in group] for group in plain]
-        all_rows = [row for group in found for row in group]
-        counted = [(*row, param.numel()) for row, param in zip(all_rows, params, strict=True)]
-        logger.info("%s: %s", self.record.name, summary(counted))
+        counted = [(*row, param.numel()) for row, param in zip((r for g in found for r in g), params, strict=True)]
+        _say(f"{self.record.name}: {summary(counted)}")
         return [
             {**group, "routes": [route for route, _ in rows], "reasons": [reason for _, reason in rows]}
             for group, rows in zip(groups, found, strict=True)
         ]
+
+
+def _listed(values: list[float]) -> str:
+    """Each number once."""
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))

@@ -10,6 +10,41 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 
+# What tells whose a state is: keys that its groups have, the most telling first.
+_WRITERS = {
+    "SWAN": {"kind", "routes"},
+    "SGDSaI": {"normalize", "gsnr_max"},
+    "Prodigy": {"d_coef", "d_numerator"},
+    "AdamW or Adam": {"betas", "amsgrad"},
+    "SGD": {"nesterov", "dampening"},
+}
+
+
+def check_writer(name: str, state_dict: dict[str, Any]) -> None:
+    """
+    Checks that an optimizer of that name saved this state.
+
+    Args:
+        name (`str`): `"SGDSaI"` or `"SWAN"`.
+        state_dict (`dict`): As `load_state_dict` gets it.
+
+    Raises:
+        `ValueError`: Another one did; it is named where it can be told.
+    """
+    groups = state_dict["param_groups"]
+    if all(_WRITERS[name] <= set(group) for group in groups):
+        return
+    group = next(group for group in groups if not _WRITERS[name] <= set(group))
+    writer = next((each for each, keys in _WRITERS.items() if keys <= set(group)), "another optimizer")
+    if "decoupled_weight_decay" in group and writer == "AdamW or Adam":
+        writer = "AdamW" if group["decoupled_weight_decay"] else "Adam"
+    kept = ", ".join(sorted({str(key) for values in state_dict["state"].values() for key in values})) or "nothing"
+    raise ValueError(
+        f"{name} loads only state that {name} saved, but {writer} saved this one (it keeps {kept} per tensor); resume "
+        f"with {writer}, or start without its checkpoint"
+    )
+
+
 class NamedOptimizer(Optimizer):
     """A `torch.optim.Optimizer` whose subclasses have `_advance()`, one update of all that has a gradient."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import NamedOptimizer
+from .base import NamedOptimizer, check_writer
 from .gsnr import (
     NORMALIZATIONS,
     GradientMoments,
@@ -256,16 +256,8 @@ class SGDSaI(NamedOptimizer):
         Raises:
             `ValueError`: The state was written by another optimizer.
         """
-        groups = state_dict["param_groups"]
-        foreign = [key for group in groups for key in ("normalize", "gsnr_max") if key not in group]
-        if foreign:
-            kept = sorted({key for values in state_dict["state"].values() for key in values})
-            raise ValueError(
-                f"SGDSaI loads only state that SGDSaI saved, but this state keeps {', '.join(kept) or 'nothing'} per "
-                f"tensor and its groups have no {foreign[0]!r}; another optimizer wrote it, so resume with that one "
-                "or start without its checkpoint"
-            )
-        self._warn_of_other_options(groups)
+        check_writer("SGDSaI", state_dict)
+        self._warn_of_other_options(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         self._restore_buffers(state_dict)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .adam import AdamBatch, adam_update, new_adam_state
-from .base import NamedOptimizer
+from .base import NamedOptimizer, check_writer
 from .routing import ADAM, Layout, Route, layout_of, routes_of_group
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
@@ -191,16 +191,9 @@ class SWAN(NamedOptimizer):
         Raises:
             `ValueError`: The state was written by another optimizer.
         """
-        groups = state_dict["param_groups"]
-        if any("kind" not in group or "routes" not in group for group in groups):
-            kept = sorted({key for values in state_dict["state"].values() for key in values})
-            raise ValueError(
-                f"SWAN loads only state that SWAN saved, but this state keeps {', '.join(kept) or 'nothing'} per "
-                "tensor and its groups have no 'kind'; another optimizer wrote it, so resume with that one or start "
-                "without its checkpoint"
-            )
+        check_writer("SWAN", state_dict)
         super().load_state_dict(state_dict)
-        saved_ids = [index for group in groups for index in group["params"]]
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for saved_id, (_, _, param) in zip(saved_ids, self._params(), strict=True):
             saved_state = state_dict["state"].get(saved_id, {})
             for key in ("exp_avg", "exp_avg_sq"):
