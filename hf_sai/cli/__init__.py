@@ -1,4 +1,4 @@
-"""The command line: `hf-sai run`, `hf-sai list`, `hf-sai report`."""
+"""The command line: `hf-sai run`, `hf-sai list`, `hf-sai report`, `hf-sai push`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .push import push
 from .run import HELP, ScriptRequest, launch
 from .run import run as _run
 
@@ -32,6 +33,7 @@ app = _App(
 
 # Options end at the script's path: what comes after is not looked at.
 app.command(name="run", help=HELP, context_settings={"allow_interspersed_args": False})(_run)
+app.command(name="push")(push)
 
 
 @app.command(name="list")
