@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -41,7 +42,7 @@ class Repo:
             tree.pop(name, None)
             if content is not None:
                 tree[name] = content
-        oid = hashlib.sha1(f"{branch}{len(self.commits)}{sorted(files)}".encode()).hexdigest()
+        oid = uuid.uuid4().hex + "0" * 8  # of its own: a client keeps the files of a commit for ever
         self.commits[oid] = tree
         self.messages[oid] = message
         self.branches.setdefault(branch, []).append(oid)
@@ -119,7 +120,7 @@ class Hub:
             kept = [f"{name}: {value}" for name, value in headers.items() if name.lower() != "authorization"]
             parts += ["\n".join([f"{method} {path}", *kept]).encode(), body]
             for line in body.splitlines():  # a commit's files are in base64
-                with contextlib.suppress(ValueError, AttributeError, TypeError):
+                with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError):
                     parts.append(base64.b64decode(json.loads(line)["value"]["content"]))
         return b"\n".join(parts)
 
@@ -389,6 +390,7 @@ def connected(hub, monkeypatch):
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
         yield
 
 
@@ -398,8 +400,8 @@ def online(hub, home, **changed):
 
     dropped = ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    ours = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-    return {**kept, **ours, **changed}
+    flags = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
+    return {**kept, **flags, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), **changed}
 
 
 def wait_until(condition, seconds=60.0):

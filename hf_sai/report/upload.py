@@ -263,6 +263,8 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
     for each in _chain(error):
         text = " ".join(line.strip() for line in str(each).splitlines() if line.strip())
         lines.append(f"{type(each).__name__}: {text}" if text else type(each).__name__)
+        if isinstance(each, HfHubHTTPError):  # says all
+            break
     return without_tokens("; ".join(lines), known_tokens(token))
 
 
