@@ -147,13 +147,16 @@ class SaITrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        had_card = (folder / "README.md").is_file()
+        card = folder / "README.md"
+        before = card.read_bytes() if card.is_file() else None
         with trainer_patches.token_free_pickles(self.args):
             super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
         if self.args.should_save:
             self.gsnr_callback.write(folder, self.args.output_dir)
-            if not had_card and (folder / "README.md").is_file():  # PEFT's form, to be filled in
-                mark_generated(folder / "README.md")
+            if before is not None:  # PEFT takes tags out of a card that is there, a person's too
+                card.write_bytes(before)
+            elif card.is_file():  # PEFT's form, to be filled in
+                mark_generated(card)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         with trainer_patches.token_free_pickles(self.args), self._hub_calls():

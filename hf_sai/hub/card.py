@@ -30,9 +30,6 @@ BASE_MODEL = "the-model-that-it-was-trained-on"
 _SECTION = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 # The digest of what a host generated: as long as it is right, nobody has edited the card.
 _STAMP = re.compile(r"<!-- hf-sai:generated ([0-9a-f]{16}) -->\n?")
-# What PEFT adds to a card that is there, each time it saves: no edit of a person's.
-_PEFT_FIELDS = ("base_model", "library_name", "pipeline_tag", "tags")
-_PEFT_LINES = re.compile(r"^(### Framework versions|- PEFT .*)$")
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -255,7 +252,7 @@ def mark_generated(path: Path) -> None:
 
 
 def is_generated(content: str) -> bool:
-    """Whether a card is as a host generated it, our section and what PEFT adds aside: no person has edited it."""
+    """Whether a card is, but for our section, as a host generated it: no person has edited it."""
     card = ModelCard(content)
     stamp = _STAMP.search(card.text)
     return stamp is not None and stamp[1] == _digest(card)
@@ -306,9 +303,8 @@ def _plain(content: str) -> tuple[str, str]:
     """Header and text without our section."""
     card = ModelCard(content)
     text = _STAMP.sub("", _SECTION.sub("", card.text))
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not _PEFT_LINES.match(line.strip())]
-    header = {key: value for key, value in card.data.to_dict().items() if key not in _PEFT_FIELDS}
-    return json.dumps(header, sort_keys=True, default=str), "\n".join(lines)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return json.dumps(card.data.to_dict(), sort_keys=True, default=str), "\n".join(lines)
 
 
 def _digest(card: ModelCard) -> str:
@@ -357,7 +353,7 @@ def _is_repo_id(name: Any) -> bool:
         validate_repo_id(name)
     except (HFValidationError, TypeError):
         return False
-    return not Path(name).exists()
+    return isinstance(name, str) and not Path(name).exists()
 
 
 def _without_local_models(tags: Iterable[str]) -> list[str]:
