@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import trainer_patches
 
 from .callback import GSNRCallback, optim_name
 from .config import SaIConfig
-from .hub.card import update_card
+from .hub.card import mark_generated, update_card
+from .hub.push import HostPushes
 from .integration import assert_optimizer, decay_rule, name_parameters, unwrap_optimizer
 from .optim.registry import get_record, list_records, parse_options, record_of
 
@@ -51,10 +53,12 @@ class SaITrainerMixin:
     get_decay_parameter_names: Any
 
     def __init__(self, *args: Any, sai_config: SaIConfig | None = None, **kwargs: Any) -> None:
+        config = sai_config or SaIConfig()
+        self._hub = HostPushes(config.hub_strict, config.hub_timeout)
         super().__init__(*args, **kwargs)
         if self._asked_for is not None:
             parse_options(get_record(self._asked_for), trainer_patches.parse_optim_args(self.args.optim_args))
-        self.gsnr_callback = self.gsnr_callback_class(self, sai_config)
+        self.gsnr_callback = self.gsnr_callback_class(self, config)
         self.add_callback(self.gsnr_callback)
 
     @property
@@ -91,22 +95,77 @@ class SaITrainerMixin:
         return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As the host's, with our section after it; see [`hf_sai.hub.card.update_card`]."""
+        """
+        As the host's, with our section after it; see [`hf_sai.hub.card.update_card`].
+
+        A card that a person has edited since it was generated keeps its text: there only our section is renewed.
+        """
+        path = Path(self.args.output_dir) / "README.md"
+        writes = self.is_world_process_zero()
+        earlier = path.read_text(encoding="utf-8") if writes and path.is_file() else ""
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         callback = self.gsnr_callback
-        if self.is_world_process_zero() and callback.report is not None and callback.config.sai_report:
+        if writes and callback.report is not None and callback.config.sai_report:
             callback.write(self.args.output_dir, self.args.output_dir)
-            update_card(Path(self.args.output_dir) / "README.md", callback.report)
+            update_card(path, callback.report, earlier=earlier, repo_id=self._full_repo_id())
+
+    def _full_repo_id(self) -> str | None:
+        name = getattr(self, "hub_model_id", None) or self.args.hub_model_id
+        return name if name and "/" in name else None
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's; a Hub that can't be reached is a warning, and the push tries again."""
+        with self._hub_calls():
+            super().init_hf_repo(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, private: bool | None = None, create_pr: bool = False, **kwargs: Any) -> Any:
+        """
+        As the host's: model, report, picture and card, in one commit. What may pass is tried again.
+
+        A push that fails is a warning with the command to run later, or an error with `SaIConfig(hub_strict=True)`.
+
+        Args:
+            private (`bool`, *optional*): Visibility where the repository has to be made.
+            create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+            args, kwargs: The host's own.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed. With `blocking=False` a future of it.
+
+        Raises:
+            `PushError`: It failed, and `hub_strict` is set.
+        """
+        before = self._hub.private, self._hub.create_pr
+        self._hub.private, self._hub.create_pr = self.args.hub_private_repo if private is None else private, create_pr
+        try:
+            with self._hub_calls():
+                return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._hub.private, self._hub.create_pr = before
+
+    def _hub_calls(self) -> AbstractContextManager[None]:
+        return trainer_patches.replaced_hub_calls(self._hub.create_repo, self._hub.upload_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / "README.md"
+        before = card.read_bytes() if card.is_file() else None
         with trainer_patches.token_free_pickles(self.args):
             super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
         if self.args.should_save:
-            self.gsnr_callback.write(output_dir or self.args.output_dir, self.args.output_dir)
+            self.gsnr_callback.write(folder, self.args.output_dir)
+            if before is not None:  # PEFT takes tags out of a card that is there, a person's too
+                card.write_bytes(before)
+            elif card.is_file():  # PEFT's form, to be filled in
+                mark_generated(card)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with trainer_patches.token_free_pickles(self.args):
+        with trainer_patches.token_free_pickles(self.args), self._hub_calls():
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _finish_current_push(self) -> None:
+        """As the host's; what it waits for ends in time."""
+        self._hub.wait()
 
 
 class SaITrainer(SaITrainerMixin, Trainer):

@@ -1,4 +1,4 @@
-"""Diffusers' own training scripts, unmodified, where a checkout is at hand: `DIFFUSERS_EXAMPLES=<checkout>/examples`."""
+"""Diffusers' own training scripts, unmodified, from a checkout: `DIFFUSERS_EXAMPLES=<checkout>/examples`."""
 
 from __future__ import annotations
 

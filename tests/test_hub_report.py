@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from hub_server import loopback_hub
+from hub_server import connected, loopback_hub, online
 
 from hf_sai import GSNRReport, SGDSaI
 
@@ -22,10 +21,10 @@ def report():
     return GSNRReport.from_optimizer(optimizer)
 
 
-def run(code, endpoint, home):
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
-    environment = {k: v for k, v in environment.items() if k not in ("HF_HUB_CACHE", "HF_DATASETS_CACHE")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+def run(code, hub, home):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=online(hub, home), check=False
+    )
 
 
 def test_scales_of_a_pushed_run_train_another_one(report, tmp_path):
@@ -37,11 +36,13 @@ optimizer = hf_sai.create_optimizer("sgd_sai", torch.nn.Linear(4, 3).named_param
 print([row.gsnr for row in report.tensors] == [row.gsnr for row in optimizer.gsnr_statistics()])
 print({row.status for row in optimizer.gsnr_statistics()})
 """
-    content = report.to_json().encode()
-    with loopback_hub({("user/run", r, "gsnr_report.json"): content for r in ("main", "v1")}) as (endpoint, requests):
-        done = run(code, endpoint, tmp_path)
+    with loopback_hub() as hub:
+        for branch in ("main", "v1"):
+            hub.add("user/run", {"gsnr_report.json": report.to_json().encode()}, branch=branch)
+        done = run(code, hub, tmp_path)
     assert done.stdout.split("\n")[:2] == ["True", "{'given'}"], done.stderr[-2000:]
-    by_revision = {path.split("/resolve/")[1].split("/")[0]: token for method, path, token in requests}
+    asked = [(path.split("/resolve/")[1], headers) for _, path, headers, _ in hub.requests if "/resolve/" in path]
+    by_revision = {path.split("/")[0]: headers.get("authorization") for path, headers in asked}
     assert by_revision["v1"] == "Bearer hf_given"
     assert by_revision["main"] is None
 
@@ -54,8 +55,8 @@ try:
 except ValueError as error:
     print(error)
 """
-    with loopback_hub({}) as (endpoint, _):
-        done = run(code, endpoint, tmp_path)
+    with loopback_hub() as hub:
+        done = run(code, hub, tmp_path)
     assert done.stdout.startswith(
         "a g-SNR report must be a file, a folder or a Hub repository with gsnr_report.json, but user/other gave "
     ), done.stderr[-2000:]
@@ -63,9 +64,21 @@ except ValueError as error:
 
 
 def test_the_command_line_reads_a_repository(report, tmp_path):
-    content = report.to_json().encode()
     code = "import sys; from hf_sai.cli import app; sys.exit(app(['report', 'user/run', '--revision', 'v1']))"
-    with loopback_hub({("user/run", "v1", "gsnr_report.json"): content}) as (endpoint, _):
-        done = run(code, endpoint, tmp_path)
+    with loopback_hub() as hub:
+        hub.add("user/run", {"gsnr_report.json": report.to_json().encode()}, branch="v1")
+        done = run(code, hub, tmp_path)
     assert done.stdout.strip() == report.to_text()
     assert done.returncode == 0
+
+
+def test_a_report_pushed_by_itself_comes_back_equal(report, monkeypatch):
+    with loopback_hub() as hub, connected(hub, monkeypatch):
+        commit = report.push_to_hub("run", private=True, token="hf_x", commit_message="measured")
+        repo = hub.repos["user/run"]
+        assert GSNRReport.from_pretrained("user/run", token="hf_x") == report
+    assert commit.oid == repo.head("main")
+    assert repo.messages[commit.oid] == "measured"
+    assert repo.private
+    assert sorted(repo.tree()) == [".gitattributes", "gsnr_report.json", "gsnr_report.png"]
+    assert repo.tree()["gsnr_report.json"] == report.to_json().encode()

@@ -9,18 +9,20 @@ import json
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from ..optim.registry import OptimizerRecord, record_of
 from ..optim.routing import ADAM, Route
 from . import schema
 from .schema import SCHEMA, STATUSES, ReportError
+from .upload import Destination, upload
 
 
 if TYPE_CHECKING:
@@ -382,6 +384,39 @@ class GSNRReport:
                 f"{repo_id_or_path!s} gave {type(error).__name__}: {reason}"
             ) from None
         return cls.load(file)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        commit_message: str = "g-SNR report",
+    ) -> CommitInfo:
+        """
+        Uploads the report and its picture in one commit; [`hf_sai.hub.push.push_folder`] takes model and card along.
+
+        Args:
+            repo_id (`str`): Such as `"user/repo"`; without a user it is the token's.
+            private (`bool`, *optional*): Visibility where the repository has to be made; else it keeps its own.
+            revision (`str`, *optional*): Branch, made where it is missing; defaults to `main`.
+            create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+            token (`str` or `bool`, *optional*): As in `huggingface_hub`; defaults to the one that is logged in.
+            commit_message (`str`, *optional*): Of the commit.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: Of the commit.
+
+        Raises:
+            `UploadError`: It did not work out.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            files = {path.name: path for path in Path(folder).iterdir()}
+            destination = Destination(repo_id, private, revision, create_pr, token)
+            return upload(files, destination, commit_message)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GSNRReport:

@@ -1,0 +1,270 @@
+"""A run's folder to the Hub: model, report, picture and card in one commit, or a command to do so later."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelInfo, hf_hub_download
+from huggingface_hub.utils import filter_repo_objects
+
+from ..report.upload import TIMEOUT, Destination, Files, TokenInFileError, UploadError, reason, upload, within
+from .card import merge_cards, name_repository
+
+
+logger = logging.getLogger(__name__)
+
+README = "README.md"
+# Not part of a model: what a training needs to go on, checkpoints, and what is being written.
+IGNORED = (
+    "_*",
+    "*/_gsnr_*",
+    "checkpoint-*",
+    "global_step*",
+    "optimizer.*",
+    "optimizer_[0-9]*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "random_states_*",
+    ".git/*",
+    ".cache/*",
+    "*/.git/*",
+    "*/.cache/*",
+)
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_WEIGHTS = ("model.safetensors*", "model-*.safetensors", "pytorch_model*")
+
+
+class PushError(UploadError):
+    """A push did not work out; the message ends with the command that repeats it."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """
+    What goes where, as a value that can be repeated.
+
+    Args:
+        folder (`pathlib.Path`): What to push.
+        destination (`Destination`): Where to.
+        path_in_repo (`str`, *optional*): A folder in the repository; the root where it is empty.
+        ignored (`tuple[str, ...]`, *optional*): Patterns of what stays here.
+        message (`str`, *optional*): Of the commit.
+        timeout (`float`, *optional*, defaults to 3600): Seconds, all in all.
+    """
+
+    folder: Path
+    destination: Destination
+    path_in_repo: str = ""
+    ignored: tuple[str, ...] = IGNORED
+    message: str = "Model, report and card"
+    timeout: float = TIMEOUT
+
+    def files(self) -> dict[str, Path]:
+        """
+        What would be pushed, from the path in the repository to the path here.
+
+        An adapter goes without its base model's weights.
+
+        Raises:
+            `PushError`: There is no such folder, or nothing in it.
+        """
+        if not self.folder.is_dir():
+            raise PushError(f"a push needs a folder, but {self.folder} is none; pass the run's output_dir")
+        found = {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*"))}
+        adapter = BASE_WEIGHTS if ADAPTER_CONFIG in found and not self.path_in_repo else ()
+        names = filter_repo_objects(
+            (name for name, path in found.items() if path.is_file()), ignore_patterns=[*self.ignored, *adapter]
+        )
+        prefix = f"{self.path_in_repo.strip('/')}/" if self.path_in_repo else ""
+        files = {f"{prefix}{name}": found[name] for name in names}
+        if not files:
+            raise PushError(f"a push needs files, but {self.folder} holds none; train or save the model first")
+        return files
+
+    def command(self) -> str:
+        """The command line that does the same; it holds no token."""
+        to = self.destination
+        folder = str(self.folder.absolute())
+        if self.path_in_repo:  # a checkpoint, optimizer state and all
+            words = ["hf", "upload", to.repo_id, folder, self.path_in_repo]
+        else:
+            words = ["hf-sai", "push", folder, to.repo_id]
+        words += ["--private"] if to.private else []
+        words += ["--revision", to.revision] if to.revision else []
+        words += ["--create-pr"] if to.create_pr else []
+        return shlex.join(words)
+
+    def run(self, strict: bool = False) -> CommitInfo | None:
+        """
+        Pushes.
+
+        Args:
+            strict (`bool`, *optional*, defaults to `False`): Whether a failure is an error. Without it a failure is a
+                warning with the command to run later.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed.
+
+        Raises:
+            `PushError`: It failed, and `strict` is set.
+        """
+        try:
+            revise = None if self.path_in_repo else card_for
+            return upload(self.files(), self.destination, self.message, timeout=self.timeout, revise=revise)
+        except (UploadError, OSError) as error:
+            remedy = f"everything is in {self.folder}, and this pushes it: {self.command()}"
+            text = f"The push to {self.destination.repo_id} failed ({error}); {remedy}"
+            if strict:
+                kind = TokenInFileError if isinstance(error, TokenInFileError) else PushError
+                raise kind(text) from None
+            logger.warning(text)
+            return None
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str = Push.message,
+    strict: bool = True,
+    timeout: float = TIMEOUT,
+) -> CommitInfo | None:
+    """
+    Pushes a run's folder in one commit: model or adapter, report, picture and card.
+
+    Checkpoints, optimizer state and what begins with `_` stay here, and so do the base model's weights beside an
+    adapter. A card that people edited on the Hub keeps their text.
+
+    Args:
+        folder (`str` or path): Such as the run's `output_dir`.
+        repo_id (`str`): Such as `"user/repo"`; without a user it is the token's.
+        private (`bool`, *optional*): Visibility where the repository has to be made; one that is there keeps its own.
+        revision (`str`, *optional*): Branch, made where it is missing; defaults to `main`.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+        token (`str` or `bool`, *optional*): As in `huggingface_hub`; defaults to the one that is logged in.
+        commit_message (`str`, *optional*): Of the commit.
+        strict (`bool`, *optional*, defaults to `True`): Whether a failure is an error and not a warning.
+        timeout (`float`, *optional*, defaults to 3600): Seconds, all in all.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed and `strict` is not set.
+
+    Raises:
+        `PushError`: It failed.
+
+    Example:
+
+    ```python
+    push_folder("out", "user/repo", private=True)
+    ```
+    """
+    destination = Destination(repo_id, private, revision, create_pr, token)
+    return Push(Path(folder), destination, message=commit_message, timeout=timeout).run(strict)
+
+
+@dataclass
+class HostPushes:
+    """
+    The Hub as a Trainer sees it: `create_repo` and `upload_folder` of `huggingface_hub` by name, neither of which ends
+    a training.
+
+    Args:
+        strict (`bool`): Whether a push that the trainer waits for raises when it fails.
+        timeout (`float`): Seconds that one push may take.
+        private (`bool`, *optional*): Goes before what the trainer asks for.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open pull requests.
+    """
+
+    strict: bool
+    timeout: float
+    private: bool | None = None
+    create_pr: bool = False
+    _pending: list[Future[CommitInfo | None]] = field(default_factory=list)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def create_repo(self, repo_id: str, token: str | None = None, private: bool | None = None, **unused: Any) -> Any:
+        """
+        As `huggingface_hub.create_repo`; where that fails, the id as it was asked for: the push tries again.
+        """
+        self.private = private = self.private if private is None else private
+        api = HfApi(token=token, library_name="hf_sai")
+        try:
+            return within(self.timeout, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        except Exception as error:
+            text = reason(error, token)
+            logger.warning(
+                "The repository %s could not be made (%s); training goes on, a push tries again.", repo_id, text
+            )
+            return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: str,
+        commit_message: str,
+        path_in_repo: str = "",
+        token: str | None = None,
+        revision: str | None = None,
+        ignore_patterns: Iterable[str] = (),
+        run_as_future: bool = False,
+    ) -> Any:
+        """As `huggingface_hub.upload_folder`, in one commit; see [`Push.run`]."""
+        destination = Destination(repo_id, self.private, revision, self.create_pr, token)
+        ignored = ("_*",) if path_in_repo else (*IGNORED, *ignore_patterns)
+        push = Push(Path(folder_path), destination, path_in_repo, ignored, commit_message, self.timeout)
+        if not run_as_future:
+            return push.run(self.strict)
+        future: Future[CommitInfo | None] = Future()
+        self._pending = [each for each in self._pending if not each.done()] + [future]
+        end = time.monotonic() + self.timeout
+        threading.Thread(target=self._run_in_turn, args=(push, future, end), name="hf_sai push").start()
+        return future
+
+    def _run_in_turn(self, push: Push, future: Future[CommitInfo | None], end: float) -> None:
+        """One push after the other. Ends in time, so that Python may wait for the thread."""
+        if self._turn.acquire(timeout=max(0.0, end - time.monotonic())):
+            try:
+                future.set_result(replace(push, timeout=max(0.0, end - time.monotonic())).run())
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                self._turn.release()
+        else:
+            logger.warning("A push to %s was left out: the one before it took too long.", push.destination.repo_id)
+            future.set_result(None)
+
+    def wait(self) -> None:
+        """Waits for the pushes in the background; all of them end in time."""
+        wait(self._pending)
+
+
+def card_for(api: HfApi, info: ModelInfo, files: Files) -> Files:
+    """
+    The files with the card as it has to be there: it names the repository, and keeps what people wrote on the Hub.
+
+    See [`hf_sai.hub.card.merge_cards`].
+    """
+    ours = files.get(README)
+    if not isinstance(ours, Path):
+        return files
+    content = ours.read_text(encoding="utf-8")
+    if any(each.rfilename == README for each in info.siblings or []):
+        theirs = hf_hub_download(info.id, README, revision=info.sha, token=api.token, endpoint=api.endpoint)
+        content = merge_cards(content, Path(theirs).read_text(encoding="utf-8"))
+    return {**files, README: name_repository(content, info.id).encode("utf-8")}

@@ -1,0 +1,307 @@
+"""A Trainer's pushes to a loopback Hub: what is there afterwards, and what a broken Hub does to a training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import arguments, files_below, tiny_llama, tiny_lora, token_blocks, trainable
+from hub_server import connected, loopback_hub, online
+from huggingface_hub import ModelCard
+from test_push import FOREVER, TOKEN, command_in
+from typer.testing import CliRunner
+
+from hf_sai import GSNRReport, SaIConfig, SaITrainer
+from hf_sai.cli import app
+from hf_sai.hub.card import BEGIN, END, is_generated
+from hf_sai.hub.push import PushError
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with pytest.MonkeyPatch.context() as patch, loopback_hub() as hub, connected(hub, patch):
+        yield hub
+
+
+@pytest.fixture(autouse=True)
+def _no_fault(request):
+    yield
+    if "hub" in request.fixturenames:
+        request.getfixturevalue("hub").heal()
+
+
+def trainer_of(folder, model, repo, config=None, **changed):
+    settings = {"push_to_hub": True, "hub_model_id": repo, "hub_token": TOKEN, "max_steps": 2, **changed}
+    args = arguments(folder, **settings)
+    return SaITrainer(model, args, train_dataset=token_blocks(), sai_config=config)
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    """A full run and a LoRA run, each pushed at its end, with the trainers."""
+    trainers = {}
+    for name, model in (("full", tiny_llama()), ("lora", tiny_lora())):
+        trainer = trainer_of(tmp_path_factory.mktemp("runs") / name, model, f"user/{name}", hub_private_repo=True)
+        trainer.train()
+        trainer.push_to_hub(dataset="some data", tasks="text-generation")
+        trainers[name] = trainer
+    return trainers
+
+
+SHARED = [".gitattributes", "README.md", "gsnr_report.json", "gsnr_report.png", "training_args.bin"]
+
+
+def test_a_push_is_one_commit_with_model_report_picture_and_card(hub, pushed):
+    expected = {
+        "full": ["config.json", "generation_config.json", "model.safetensors"],
+        "lora": ["adapter_config.json", "adapter_model.safetensors"],
+    }
+    for name, own in expected.items():
+        repo = hub.repos[f"user/{name}"]
+        assert repo.private
+        assert sorted(repo.tree()) == sorted([*SHARED, *own])
+        assert list(repo.messages.values()) == ["", "End of training"]
+        for file in ("gsnr_report.json", "gsnr_report.png"):
+            assert repo.tree()[file] == (Path(pushed[name].args.output_dir) / file).read_bytes()
+
+
+LOAD = """
+import json, sys, torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+import hf_sai
+from helpers import arguments, tiny_llama, token_blocks
+full = AutoModelForCausalLM.from_pretrained("user/full", revision="main")
+lora = PeftModel.from_pretrained(tiny_llama(), "user/lora")
+weights = {n: p.detach() for m in (full, lora) for n, p in m.named_parameters() if m is full or "lora_" in n}
+torch.save(weights, sys.argv[1] + "/weights.pt")
+reports = [hf_sai.GSNRReport.from_pretrained(f"user/{name}") for name in ("full", "lora")]
+args = arguments(sys.argv[1] + "/out", optim_args="gsnr=user/full", max_steps=1)
+trainer = hf_sai.SaITrainer(tiny_llama(3), args, train_dataset=token_blocks())
+trainer.train()
+print(json.dumps({
+    "reports": [report.to_json() for report in reports],
+    "cards": [ModelCard.load(f"user/{name}").content for name in ("full", "lora")],
+    "given": {row.name: [row.gsnr, row.status] for row in trainer.gsnr_callback.report.tensors},
+}))
+"""
+
+
+def test_a_fresh_process_loads_it_all_and_trains_with_the_scales(hub, pushed, tmp_path):
+    environment = online(hub, tmp_path / "home", HF_TOKEN=TOKEN)
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), environment.get("PYTHONPATH", "")])
+    words = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    reports = [pushed[name].gsnr_callback.report for name in ("full", "lora")]
+    assert found["reports"] == [report.to_json() for report in reports]
+    assert [GSNRReport.from_json(text) for text in found["reports"]] == reports
+    assert found["cards"] == [hub.repos[f"user/{name}"].tree()["README.md"].decode() for name in ("full", "lora")]
+    assert found["given"] == {row.name: [row.gsnr, "given"] for row in reports[0].tensors}
+    weights = torch.load(tmp_path / "weights.pt")
+    expected = {**trainable(pushed["full"].model), **trainable(pushed["lora"].model)}
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_cards_name_their_repository_and_hold_the_section_once(hub, pushed):
+    for name, library in (("full", "transformers"), ("lora", "peft")):
+        content = hub.repos[f"user/{name}"].tree()["README.md"].decode()
+        card = ModelCard(content)
+        assert card.data.library_name == library
+        assert card.data.base_model is None
+        assert {"hf-sai", "sgd-sai", "arxiv:2412.11768"} <= set(card.data.tags)
+        assert content.count(BEGIN) == content.count(END) == 1
+        assert f'from_pretrained({"base, " if name == "lora" else ""}"user/{name}")' in content
+        assert f'optim_args="gsnr=user/{name}"' in content
+        assert is_generated(content)
+
+
+def test_a_second_push_replaces_what_the_host_wrote_and_nobody_edited(hub, pushed):
+    trainer = pushed["lora"]
+    first = hub.repos["user/lora"].tree()["README.md"].decode()
+    trainer.push_to_hub(dataset="other data")
+    second = hub.repos["user/lora"].tree()["README.md"].decode()
+    assert "other data" in second
+    assert "some data" in first
+    assert "some data" not in second
+    assert second.count(BEGIN) == 1
+
+
+@pytest.mark.parametrize("place", ["here", "hub"])
+def test_an_edited_card_keeps_the_persons_text(hub, tmp_path, place):
+    repo = f"user/edited-{place}"
+    trainer = trainer_of(tmp_path, tiny_lora(), repo)
+    trainer.train()
+    trainer.push_to_hub()
+    path = tmp_path / "README.md"
+    before = path.read_text()
+    edited = before.replace("- lora", "- lora\n- mine").replace("## Intended uses", "My words.\n\n## Intended uses")
+    assert "My words." in edited
+    if place == "here":
+        path.write_text(edited)
+    else:
+        hub.add(repo, {"README.md": edited.encode()})
+    trainer.args.max_steps = 3
+    trainer.train()
+    trainer.push_to_hub()
+    content = hub.repos[repo].tree()["README.md"].decode()
+    card = ModelCard(content)
+    assert "mine" in card.data.tags
+    assert "My words.\n\n## Intended uses" in content
+    assert content.count(BEGIN) == content.count(END) == 1
+    outside = lambda text: [line for line in text[: text.index(BEGIN)].splitlines() if line.strip()]  # noqa: E731
+    assert set(outside(edited)) <= set(outside(content))
+
+
+def test_an_adapter_over_a_full_model_takes_nothing_away(hub, tmp_path):
+    repo = "user/both"
+    full = trainer_of(tmp_path / "full", tiny_llama(), repo)
+    full.train()
+    full.push_to_hub()
+    there = dict(hub.repos[repo].tree())
+    mine = there["README.md"].decode().replace("## Intended uses", "My words.\n\n## Intended uses")
+    hub.add(repo, {"README.md": mine.encode(), "notes.md": b"mine"})
+    lora = trainer_of(tmp_path / "lora", tiny_lora(), repo)
+    lora.train()
+    lora.push_to_hub()
+    now = hub.repos[repo].tree()
+    assert {name: now[name] for name in ("model.safetensors", "config.json")} == {
+        name: there[name] for name in ("model.safetensors", "config.json")
+    }
+    assert now["notes.md"] == b"mine"
+    assert "adapter_model.safetensors" in now
+    content = now["README.md"].decode()
+    assert "My words." in content
+    assert content.count(BEGIN) == 1
+    assert "PeftModel.from_pretrained" in content
+    assert now["gsnr_report.json"] == (tmp_path / "lora" / "gsnr_report.json").read_bytes()
+
+
+def test_strategies_of_the_host_carry_the_report(hub, tmp_path):
+    trainer = trainer_of(
+        tmp_path, tiny_lora(), "user/saves", hub_strategy="checkpoint", save_strategy="steps", save_steps=1
+    )
+    trainer.args.hub_always_push = True
+    trainer.train()
+    repo = hub.repos["user/saves"]
+    assert [repo.messages[oid] for oid in repo.branches["main"][1:]] == [
+        "Training in progress, step 1",
+        "Training in progress, step 1, checkpoint",
+        "Training in progress, step 2",
+        "Training in progress, step 2, checkpoint",
+    ]
+    for oid in repo.branches["main"][1:]:
+        assert {"adapter_model.safetensors", "gsnr_report.json", "gsnr_report.png"} <= set(repo.commits[oid])
+    tree = repo.tree()
+    assert "last-checkpoint/optimizer.pt" in tree
+    assert "last-checkpoint/gsnr_report.json" in tree
+    assert not [name for name in tree if "checkpoint-" in name or name == "optimizer.pt"]
+    assert tree["gsnr_report.json"] == (tmp_path / "gsnr_report.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "timeout"),
+    [
+        ("create", 401, 30),
+        ("create", "slow", 0.5),
+        ("commit", 503, 30),
+        ("lfs_upload", "reset", 30),
+        ("info", 404, 30),
+    ],
+)
+def test_a_broken_hub_costs_no_training(hub, tmp_path, caplog, monkeypatch, stage, kind, timeout):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    repo = f"user/broken-{stage}-{kind}"
+    hub.over.clear()
+    hub.fail(stage, kind, FOREVER)
+    config = SaIConfig(hub_timeout=timeout)
+    with caplog.at_level(logging.WARNING):
+        saves = {"save_strategy": "steps", "save_steps": 1}
+        trainer = trainer_of(tmp_path, tiny_lora(), repo, config, hub_private_repo=True, **saves)
+        trainer.train()
+        trainer.save_model()
+        assert trainer.push_to_hub() is None
+    assert trainer.state.global_step == 2
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert GSNRReport.load(folder) == trainer.gsnr_callback.report
+        assert (folder / "adapter_model.safetensors").is_file()
+    assert repo not in hub.repos or list(hub.repos[repo].tree()) == [".gitattributes"]
+    hub.heal()
+    hub.over.set()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    command = command_in(caplog.text)
+    assert command == ["push", str(tmp_path), repo, "--private"]
+    assert CliRunner().invoke(app, [*command, "--strict"]).exit_code == 0
+    assert {"adapter_model.safetensors", "README.md", "gsnr_report.json"} <= set(hub.repos[repo].tree())
+    assert hub.repos[repo].private
+    assert TOKEN not in caplog.text
+
+
+def test_strict_raises_at_the_end_when_all_is_saved(hub, tmp_path):
+    hub.fail("commit", 403, FOREVER)
+    config = SaIConfig(hub_strict=True)
+    trainer = trainer_of(tmp_path, tiny_lora(), "user/strict", config, save_strategy="steps", save_steps=1)
+    trainer.train()  # the pushes of its checkpoints fail
+    with pytest.raises(PushError, match=r"403 Forbidden.*this pushes it: hf-sai push .* user/strict"):
+        trainer.push_to_hub()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_branch_pull_request_and_future(hub, tmp_path):
+    trainer = trainer_of(tmp_path, tiny_lora(), None, push_to_hub=False)
+    trainer.train()
+    future = trainer.push_to_hub(blocking=False, revision="v2", token=TOKEN)
+    commit = future.result(timeout=60)
+    repo = hub.repos[f"user/{tmp_path.name}"]
+    assert repo.branches["v2"][-1] == commit.oid
+    assert list(repo.tree()) == [".gitattributes"]
+    assert trainer.push_to_hub(create_pr=True, token=TOKEN).pr_url.endswith("/discussions/1")
+    assert "adapter_model.safetensors" in repo.tree("refs/pr/1")
+
+
+SCRIPT = """
+import sys
+from helpers import arguments, tiny_lora, token_blocks
+import hf_sai
+config = hf_sai.SaIConfig(hub_strict="strict" in sys.argv, hub_timeout=float(sys.argv[2]))
+token = sys.argv[3] if len(sys.argv) > 3 and sys.argv[3].startswith("hf_") else None
+args = arguments(sys.argv[1], push_to_hub=True, hub_model_id="user/process", hub_token=token, max_steps=2,
+                 save_strategy="steps", save_steps=1)
+trainer = hf_sai.SaITrainer(tiny_lora(), args, train_dataset=token_blocks(), sai_config=config)
+trainer.train()
+trainer.push_to_hub()
+print("the script went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "extra", "code"), [("lfs_upload", "slow", [], 0), ("commit", 403, ["strict"], 1)]
+)
+def test_a_training_process_ends_with_its_result(tmp_path, stage, kind, extra, code):
+    """Its exit too: nothing that still waits for the Hub keeps Python from ending."""
+    out = tmp_path / "out"
+    with loopback_hub() as hub:
+        hub.seconds_slow = FOREVER
+        hub.fail(stage, kind, FOREVER)
+        environment = online(hub, tmp_path / "home", HF_TOKEN=TOKEN)
+        environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), environment.get("PYTHONPATH", "")])
+        words = [sys.executable, "-c", SCRIPT, str(out), "3", *extra, *([TOKEN] if not extra else [])]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False, timeout=250)
+        said = done.stdout + done.stderr
+        assert done.returncode == code, said[-3000:]
+        assert ("the script went on" in said) == (code == 0)
+        assert command_in(said) == ["push", str(out), "user/process"]
+        assert (out / "adapter_model.safetensors").is_file()
+        assert list(hub.repos["user/process"].tree()) == [".gitattributes"]
+    assert TOKEN not in said
+    assert TOKEN.encode() not in hub.recorded()
+    assert [path for path in files_below(tmp_path) if TOKEN.encode() in path.read_bytes()] == []

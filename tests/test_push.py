@@ -1,0 +1,329 @@
+"""Pushes through the real client to a loopback Hub that fails in every way at every stage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import STAGES, connected, loopback_hub, online
+from typer.testing import CliRunner
+
+from hf_sai.cli import app
+from hf_sai.hub.push import Destination, HostPushes, Push, PushError, TokenInFileError, push_folder
+from hf_sai.report.upload import LONGEST_WAIT, UploadError, within
+
+
+TOKEN = "hf_" + "SecretSecretSecretSecret" + "0123456789"
+OTHER_TOKEN = "no-usual-form-of-a-token"
+CARD = "---\nlicense: mit\n---\n\n# A card\n"
+FOREVER = 10**6
+PASSES = (409, 412, 429, 500, 503, "reset", "lost", "truncated")
+STAYS = (401, 403, 404)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with loopback_hub() as hub, connected(hub, monkeypatch):
+        yield hub
+
+
+@pytest.fixture
+def sleeps(monkeypatch):
+    """Nobody sleeps; the seconds that somebody wanted to."""
+    wanted = []
+    monkeypatch.setattr(time, "sleep", wanted.append)
+    return wanted
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "out")
+
+
+def make_folder(path, **more):
+    path.mkdir()
+    files = {
+        "adapter_config.json": "{}",
+        "adapter_model.safetensors": "adapter",
+        "gsnr_report.json": "{}",
+        "gsnr_report.png": "picture",
+        "README.md": CARD,
+    }
+    for name, content in {**files, **more}.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(content)
+    return path
+
+
+PUSHED = [".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"]
+PUSHED += ["gsnr_report.json", "gsnr_report.png"]
+
+
+def test_a_folder_is_one_commit_of_what_belongs_to_a_model(hub, tmp_path, caplog):
+    more = dict.fromkeys(
+        ("_old.json", "checkpoint-3/model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"), "stays"
+    )
+    base = dict.fromkeys(("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"), "the base")
+    folder = make_folder(tmp_path / "out", **more, **base, **{"runs/events": "goes"})
+    with caplog.at_level(logging.INFO, logger="hf_sai"):
+        commit = push_folder(folder, "user/run", private=True, token=TOKEN, commit_message="what was trained")
+    repo = hub.repos["user/run"]
+    assert sorted(repo.tree()) == [*PUSHED, "runs/events"]
+    assert repo.branches["main"][1:] == [commit.oid]
+    assert repo.messages[commit.oid] == "what was trained"
+    assert repo.private
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("hf_sai")]
+    size = sum((folder / name).stat().st_size for name in [*PUSHED[1:], "runs/events"])
+    assert said == [f"Uploading 6 files ({size} bytes) to user/run (new, private), revision main."]
+    assert (folder / "README.md").read_text() == CARD
+
+
+def test_a_full_model_takes_its_weights_along(hub, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "optimizer_notes.md"):
+        (folder / name).write_text("x")
+    push_folder(folder, "run", token=TOKEN)
+    assert sorted(hub.repos["user/run"].tree()) == [
+        ".gitattributes",
+        "config.json",
+        "model.safetensors",
+        "optimizer_notes.md",
+    ]
+    assert not hub.repos["user/run"].private
+
+
+def test_branch_pull_request_and_a_visibility_that_stays(hub, folder, caplog):
+    hub.add("user/run", {"kept.txt": b"theirs"})
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        push_folder(folder, "user/run", private=True, revision="try/1", token=TOKEN)
+    repo = hub.repos["user/run"]
+    assert "user/run is public already and stays so" in caplog.text
+    assert not repo.private
+    assert sorted(repo.tree("try/1")) == [*PUSHED[1:], "kept.txt"]
+    commit = push_folder(folder, "user/run", create_pr=True, token=TOKEN)
+    assert commit.pr_url == f"{hub.endpoint}/user/run/discussions/1"
+    assert sorted(repo.tree("refs/pr/1")) == [*PUSHED[1:], "kept.txt"]
+    assert list(repo.tree("main")) == ["kept.txt"]
+    with pytest.raises(PushError, match="a pull request goes against main, but revision is 'try/1'"):
+        push_folder(folder, "user/run", create_pr=True, revision="try/1", token=TOKEN)
+
+
+def test_a_second_push_of_the_same_is_no_commit(hub, folder):
+    first = push_folder(folder, "user/run", token=TOKEN)
+    assert push_folder(folder, "user/run", token=TOKEN).oid == first.oid
+    assert len(hub.repos["user/run"].branches["main"]) == 2
+
+
+def test_a_commit_of_another_in_between_is_not_overwritten(hub, folder, monkeypatch):
+    """The card is merged with the one on the Hub: what was read has to be what is replaced."""
+    hub.add("user/run", {"README.md": CARD.encode()})
+    original, moments = hub.preupload, []
+
+    def with_edit(*args):
+        if not moments:
+            moments.append(hub.add("user/run", {"README.md": b"edited meanwhile"}))
+        return original(*args)
+
+    monkeypatch.setattr(hub, "preupload", with_edit)
+    push_folder(folder, "user/run", token=TOKEN)
+    assert hub.counts["commit"] == 2
+    assert hub.repos["user/run"].branches["main"][1] == moments[0]
+    assert len(hub.repos["user/run"].branches["main"]) == 3
+
+
+@pytest.mark.parametrize(("asked", "waited"), [(7, 7.0), (None, 1.0)])
+def test_retry_after_is_waited_for(hub, folder, sleeps, asked, waited):
+    hub.fail("commit", 429, retry_after=asked)
+    assert push_folder(folder, "user/run", token=TOKEN) is not None
+    assert sleeps == [waited]
+
+
+def test_a_wait_beyond_the_time_out_is_not_begun(hub, folder, sleeps):
+    for asked, timeout in ((LONGEST_WAIT + 1, 3600), (20, 15)):
+        hub.fail("commit", 429, retry_after=int(asked))
+        with pytest.raises(PushError, match="429 Too Many Requests"):
+            push_folder(folder, "user/run", token=TOKEN, timeout=timeout)
+    assert sleeps == []
+
+
+def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, folder):
+    hub.add("user/run", {"kept.txt": b""})
+    hub.fail("commit", "lost")
+    with pytest.raises(PushError, match="failed"):
+        push_folder(folder, "user/run", create_pr=True, token=TOKEN)
+    assert [name for name in hub.repos["user/run"].branches if name != "main"] == ["refs/pr/1"]
+
+
+def test_what_never_ends_is_left_behind():
+    blocked = threading.Event()
+    try:
+        with pytest.raises(UploadError, match=r"must be done in 0\.05 s, but this one was not; raise the time-out"):
+            within(0.05, blocked.wait)
+        left = [thread for thread in threading.enumerate() if thread.name == "hf_sai upload"]
+        assert left
+        assert all(thread.daemon for thread in left)
+    finally:
+        blocked.set()
+
+
+@pytest.mark.parametrize("place", ["README.md", "training_args.bin", "runs/a/log.txt"])
+@pytest.mark.parametrize("secret", [TOKEN, OTHER_TOKEN, "hf_" + "A" * 34])
+def test_a_file_with_a_token_is_refused_by_name(hub, tmp_path, place, secret):
+    folder = make_folder(tmp_path / "out", **{place: f"\0before {secret} after"})
+    used = secret if secret == OTHER_TOKEN else TOKEN
+    with pytest.raises(TokenInFileError, match=rf"may hold an access token, but {place} does; take it out") as raised:
+        push_folder(folder, "user/run", token=used)
+    assert secret not in str(raised.value)
+    assert hub.requests == []
+
+
+def test_a_word_that_begins_like_a_token_is_none(hub, tmp_path):
+    folder = make_folder(tmp_path / "out", **{"notes.md": "hf_transformers and hf_" + "_".join(["word"] * 10)})
+    assert push_folder(folder, "user/run", token=TOKEN) is not None
+
+
+def test_what_can_not_be_pushed_is_one_sentence(hub, tmp_path):
+    with pytest.raises(PushError, match=r"a push needs a folder, but .*none; pass the run's output_dir"):
+        push_folder(tmp_path / "none", "user/run", token=TOKEN)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PushError, match=r"a push needs files, but .* holds none"):
+        push_folder(tmp_path / "empty", "user/run", token=TOKEN)
+
+
+def test_the_command_repeats_the_push(tmp_path):
+    destination = Destination("user/run", True, "v 1", False, TOKEN)
+    push = Push(tmp_path / "my out", destination)
+    expected = ["hf-sai", "push", str(tmp_path / "my out"), "user/run", "--private", "--revision", "v 1"]
+    assert shlex.split(push.command()) == expected
+    checkpoint = Push(tmp_path, Destination("user/run", create_pr=True), "last-checkpoint")
+    assert shlex.split(checkpoint.command()) == [
+        "hf",
+        "upload",
+        "user/run",
+        str(tmp_path),
+        "last-checkpoint",
+        "--create-pr",
+    ]
+
+
+def command_in(text):
+    """The arguments of the last `hf-sai push` that a text tells to run."""
+    line = next(line for line in reversed(text.splitlines()) if "hf-sai push" in line)
+    return shlex.split(line[line.index("hf-sai push") :])[1:]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_fault_leaves_all_or_nothing_and_the_command_completes(hub, tmp_path, caplog, sleeps, monkeypatch, seed):
+    choose = random.Random(seed)
+    stage, kind = STAGES[seed % len(STAGES)], choose.choice([*PASSES, *STAYS, "slow"])
+    times = choose.choice([1, 2, FOREVER])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    folder = make_folder(tmp_path / "out")
+    if stage not in ("create", "whoami"):
+        hub.add("user/run", {"README.md": CARD.replace("A card", "Theirs").encode(), "kept.txt": b"theirs"})
+    revision = "v1" if stage == "branch" else None
+    timeout = 0.3 if kind == "slow" else 60.0
+    hub.fail(stage, kind, times, retry_after=choose.choice([None, 0, 2]))
+    repo_id = "run" if stage == "whoami" else "user/run"
+    with caplog.at_level(logging.WARNING):
+        commit = push_folder(folder, repo_id, revision=revision, strict=False, timeout=timeout)
+    assert hub.faults[0].times < times, "the fault was not reached"
+    if kind in PASSES and times == 1 and (stage, kind) != ("create", 409):
+        assert commit is not None
+    done = kind in ("lost", "truncated") or (stage == "lfs_verify" and kind in PASSES)  # and not asked for again
+    if kind in STAYS or (times == FOREVER and not done):
+        assert commit is None
+    assert_all_or_nothing(hub)
+    hub.heal()
+    hub.over.set()
+    if commit is None:
+        result = CliRunner().invoke(app, [*command_in(caplog.text), "--strict"])
+        assert result.exit_code == 0, result.output
+    expected = {name: (folder / name).read_bytes() for name in PUSHED[1:]}
+    pushed = hub.repos["user/run"].tree(revision or "main")
+    assert {name: content for name, content in pushed.items() if name in expected} == expected
+    assert_all_or_nothing(hub)
+    assert TOKEN.encode() not in hub.recorded()
+    assert TOKEN not in caplog.text
+
+
+def assert_all_or_nothing(hub):
+    repo = hub.repos.get("user/run")
+    for branch in repo.branches.values() if repo else ():
+        for oid in branch[1:]:
+            assert set(PUSHED[1:]) <= set(repo.commits[oid])
+
+
+def test_pushes_in_the_background_take_turns_and_end(hub, folder, caplog):
+    pushes = HostPushes(strict=True, timeout=30.0)
+    hub.fail("info", 403, FOREVER)
+    options = {"repo_id": "user/run", "commit_message": "step", "token": TOKEN, "run_as_future": True}
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        failed = pushes.upload_folder(folder_path=str(folder), ignore_patterns=["_*"], **options)
+        pushes.wait()
+    assert failed.result() is None
+    assert "this pushes it: hf-sai push" in caplog.text
+    hub.heal()
+    (folder / "optimizer.pt").write_text("state")
+    first = pushes.upload_folder(folder_path=str(folder), **options)
+    second = pushes.upload_folder(folder_path=str(folder), path_in_repo="last-checkpoint", **options)
+    pushes.wait()
+    commits = hub.repos["user/run"].branches["main"]
+    assert commits[1:] == [first.result().oid, second.result().oid]
+    assert hub.counts["commit"] == 2
+    names = {*PUSHED[1:], "optimizer.pt"}
+    assert set(hub.repos["user/run"].tree()) == {*PUSHED, *(f"last-checkpoint/{name}" for name in names)}
+
+
+def test_a_push_waits_for_its_turn_no_longer_than_its_time(hub, folder):
+    pushes = HostPushes(strict=False, timeout=0.3)
+    hub.fail("info", "slow", FOREVER)
+    options = {"repo_id": "user/run", "commit_message": "step", "token": TOKEN, "run_as_future": True}
+    jobs = [pushes.upload_folder(folder_path=str(folder), **options) for _ in range(3)]
+    pushes.wait()
+    assert [job.result() for job in jobs] == [None] * 3
+
+
+def test_dry_run_lists_and_sends_nothing(hub, tmp_path):
+    folder = make_folder(tmp_path / "out", _private="x")
+    result = CliRunner().invoke(app, ["push", str(folder), "user/run", "--dry-run"])
+    assert [line.split()[1] for line in result.output.splitlines()] == PUSHED[1:]
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--strict"], 1)])
+def test_the_command_line_fails_where_it_is_asked_to(hub, folder, flags, code, caplog):
+    hub.fail("commit", 403, FOREVER)
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        result = CliRunner().invoke(app, ["push", str(folder), "user/run", "--token", TOKEN, *flags])
+    assert result.exit_code == code
+    said = result.output + caplog.text
+    assert command_in(said) == ["push", str(folder), "user/run"]
+    assert TOKEN not in said
+    hub.heal()
+    assert hub.requests[-1][2]["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_the_command_as_a_process(folder, tmp_path):
+    with loopback_hub() as hub:
+        words = [sys.executable, "-c", "from hf_sai.cli import app; app()", "push", str(folder), "run", "--private"]
+        environment = online(hub, tmp_path / "home", HF_TOKEN=TOKEN)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        repo = hub.repos["user/run"]
+    assert done.stdout.strip() == f"{hub.endpoint}/user/run/commit/{repo.head('main')}", done.stderr
+    assert "hf-sai: Uploading 5 files" in done.stderr
+    assert "to user/run (new, private), revision main." in done.stderr
+    assert sorted(repo.tree()) == PUSHED
+    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN.encode() not in hub.recorded()
+    assert not [path for path in Path(tmp_path).rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert os.environ.get("HF_TOKEN") is None
