@@ -199,7 +199,10 @@ def test_2000_tensors_are_sorted_filtered_and_drawn_by_a_browser(tmp_path):
     ]
     click = """<script>
     const button = [...document.querySelectorAll("th button")].find(each => each.textContent === "scale");
-    button.click(); button.click();
+    button.click();
+    document.body.dataset.ascending = [...document.querySelectorAll("#tensors td:first-child")].map(
+      each => each.textContent).join(" ");
+    button.click();
     const box = document.getElementById("filter");
     box.value = "KIND_3.";
     box.dispatchEvent(new Event("input"));
@@ -209,7 +212,9 @@ def test_2000_tensors_are_sorted_filtered_and_drawn_by_a_browser(tmp_path):
     page = Page(browse(tmp_path, report_of(rows).to_html().replace("</body>", click), "--dump-dom"))
     scales = {row.name: row.scale for row in rows if row.status != "pending"}
     names = [row[0] for row in page.tables["tensors"][1:]]
-    assert names == [*sorted(scales, key=scales.get, reverse=True), "layers.7.kind_3.weight"]
+    upwards = sorted(scales, key=scales.get)
+    assert names == [*upwards[::-1], "layers.7.kind_3.weight"]  # what is pending is last in both directions
+    assert page.all("body")[0]["data-ascending"].split() == [*upwards, "layers.7.kind_3.weight"]
     assert [each.get("aria-sort") for each in page.all("th", scope="col")][:3] == [None, "descending", None]
     body = [attributes for tag, attributes in page.tags if tag == "tr"][1:2001]
     assert sum("hidden" not in each for each in body) == 100

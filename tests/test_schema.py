@@ -298,9 +298,9 @@ def test_reports_of_huge_models_stay_far_below_the_bounds():
 
 
 def test_a_long_history_is_thinned_and_keeps_its_end():
-    history = [{"step": step, "gsnr": dict.fromkeys(map(str, range(1000)), 1.0)} for step in range(1, 202)]
+    history = [{"step": step, "gsnr": dict.fromkeys(map(str, range(1000)), 1.0)} for step in range(1, 203)]
     assert thinned(history[:200]) == history[:200]
-    assert [entry["step"] for entry in thinned(history)] == list(range(1, 202, 2))
+    assert [entry["step"] for entry in thinned(history)] == list(range(2, 203, 2))
 
 
 def test_a_file_of_schema_1_is_read_with_an_unknown_schedule(texts):
