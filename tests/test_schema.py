@@ -215,8 +215,7 @@ def test_what_a_changed_byte_leaves_readable_can_be_shown(texts, tmp_path):
         rng = random.Random(seed)
         content = bytearray(texts[seed % 2].encode())
         digits = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
-        for _ in range(3):
-            content[rng.choice(digits)] = ord(rng.choice("0123456789eE.-"))
+        content[rng.choice(digits)] = ord(rng.choice("0123456789eE.-"))
         (tmp_path / "gsnr_report.json").write_bytes(content)
         try:
             report = GSNRReport.load(tmp_path)
