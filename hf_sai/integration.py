@@ -377,7 +377,8 @@ def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
     if mode is not None:
         raise OptionError(
             f"optim={record.name!r} needs whole tensors, but {mode} is set and flattens or splits them so that they "
-            f"can't be told apart; use FSDP version 2 or DDP, or choose another optimizer"
+            "can't be told apart; use DDP (without deepspeed and fsdp, in accelerate's config too) or FSDP version 2 "
+            "(fsdp_config={'version': 2}; fsdp_version: 2 in accelerate's config), or choose another optimizer"
         )
     if not record.layerwise:
         return
