@@ -16,7 +16,15 @@ from torch.optim.optimizer import Optimizer
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
-from .optim.registry import OptimizerRecord, OptionError, get_record, list_records, parse_options, record_of
+from .optim.registry import (
+    OptimizerRecord,
+    OptionError,
+    get_record,
+    list_records,
+    parse_options,
+    record_of,
+    split_routing,
+)
 from .optim.routing import ADAM, route_parameters, summary
 from .optim.tensors import is_sharded
 from .report import GSNRReport
@@ -308,10 +316,7 @@ def _typed_options(record: OptimizerRecord, given: Mapping[str, Any]) -> tuple[d
     Typed options: the constructor's, with the rows of the report that `gsnr` names in its place, and those that decide
     about groups.
     """
-    options = parse_options(record, given)
-    routing = {
-        option.name: options.pop(option.name) for option in record.options if option.routing and option.name in options
-    }
+    options, routing = split_routing(record, parse_options(record, given))
     source = options.pop("gsnr", None)
     if isinstance(source, (str, os.PathLike)):
         options["gsnr"] = GSNRReport.from_pretrained(source).tensors
@@ -377,7 +382,8 @@ def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
     if mode is not None:
         raise OptionError(
             f"optim={record.name!r} needs whole tensors, but {mode} is set and flattens or splits them so that they "
-            f"can't be told apart; use FSDP version 2 or DDP, or choose another optimizer"
+            "can't be told apart; use DDP (without deepspeed and fsdp, in accelerate's config too) or FSDP version 2 "
+            "(fsdp_config={'version': 2}; fsdp_version: 2 in accelerate's config), or choose another optimizer"
         )
     if not record.layerwise:
         return

@@ -122,8 +122,26 @@ def save_worker(rank, folder, normalize):
     model = shard(uneven_llama())
     optimizer = SGDSaI(model.named_parameters(), **options(normalize))
     train(model, optimizer, 0, 5, rank)
+    save(model, optimizer, folder / "checkpoint")
+
+
+def save(model, optimizer, folder):
+    """A distributed checkpoint."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
+    dcp_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def load_into_new(optimizer_of, folder):
+    """A model and an optimizer that have from a distributed checkpoint all that they have."""
+    model = uneven_llama()
+    for param in model.parameters():
+        param.data.zero_()
+    optimizer = optimizer_of(model)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp_load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return model, optimizer
 
 
 def one_process(normalize):
@@ -195,14 +213,9 @@ def test_moments_of_shards_are_those_of_the_whole_in_one_collective(tmp_path):
 def test_saved_on_two_ranks_and_resumed_on_one(tmp_path):
     on_two_ranks(save_worker, tmp_path, "max")
     expected, expected_optimizer = one_process("max")
-    model = uneven_llama()
-    for param in model.parameters():
-        param.data.zero_()
-    optimizer = SGDSaI(model.named_parameters(), **options("max"))
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp_load(state, checkpoint_id=tmp_path / "checkpoint")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    model, optimizer = load_into_new(
+        lambda model: SGDSaI(model.named_parameters(), **options("max")), tmp_path / "checkpoint"
+    )
     train(model, optimizer, 5, STEPS)
     for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -7,10 +7,7 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import STEPS, LossModule, on_two_ranks, shard, train, uneven_llama, whole
-from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint import save as dcp_save
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from test_distributed import STEPS, LossModule, load_into_new, on_two_ranks, save, shard, train, uneven_llama, whole
 
 import hf_sai
 from hf_sai.optim import SWAN, whitening
@@ -156,22 +153,14 @@ def save_worker(rank, folder, name):
     model = shard(uneven_llama())
     optimizer = optimizer_of(model)
     train(model, optimizer, 0, 5, rank)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp_save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
+    save(model, optimizer, folder / "checkpoint")
 
 
 def test_saved_on_two_ranks_and_resumed_on_one(tmp_path):
     on_two_ranks(save_worker, tmp_path, "")
     expected = uneven_llama()
     train(expected, optimizer_of(expected), 0, STEPS)
-    model = uneven_llama()
-    for param in model.parameters():
-        param.data.zero_()
-    optimizer = optimizer_of(model)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp_load(state, checkpoint_id=tmp_path / "checkpoint")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    model, optimizer = load_into_new(optimizer_of, tmp_path / "checkpoint")
     train(model, optimizer, 5, STEPS)
     for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

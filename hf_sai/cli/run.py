@@ -33,7 +33,7 @@ from trainer_patches.script_optimizer import (
 
 from ..integration import splitting_mode
 from ..optim import route_parameters
-from ..optim.registry import OptimizerRecord, OptionError, get_record, parse_options, record_of
+from ..optim.registry import OptimizerRecord, OptionError, get_record, parse_options, record_of, split_routing
 from ..optim.routing import ADAM, route_by_shape, summary
 from .script_report import ScriptReport
 
@@ -278,9 +278,7 @@ class Replacement:
                 "gsnr of another run is matched by the names of the parameters, but a script that builds its own "
                 "optimizer gives none; leave gsnr out"
             )
-        routing = {
-            each.name: options.pop(each.name) for each in record.options if each.routing and each.name in options
-        }
+        options, routing = split_routing(record, options)
         record.cls([torch.nn.Parameter(torch.zeros(2, 2))], **options)
         return cls(record, options, routing, arguments)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .updates import round_stochastically_
+from .updates import blocks, round_stochastically_
 
 
 # Elements per block of the float32 copies that low precision needs: 4 MiB each, 64 MiB on accelerators.
@@ -89,7 +89,8 @@ def _low_precision(
 ) -> None:
     """One tensor through copies in the precision of its moments, block by block."""
     count = step.clone()
-    for values, grad, mean, square in _blocks(tensors):
+    numel = BLOCK_NUMEL if step.device.type == "cpu" else ACCELERATOR_BLOCK_NUMEL
+    for values, grad, mean, square in blocks(tensors, numel):
         count = step.clone()
         wide = values.to(mean.dtype).contiguous()
         fused = values.device.type in _FUSED_DEVICES and mean.is_contiguous() and square.is_contiguous()
@@ -113,13 +114,3 @@ def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
         amsgrad=False,
         **options,
     )
-
-
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """The same pieces of each tensor; one piece where they are small, or not contiguous."""
-    first = tensors[0]
-    size = BLOCK_NUMEL if first.device.type == "cpu" else ACCELERATOR_BLOCK_NUMEL
-    if first.numel() <= size or not all(tensor.is_contiguous() for tensor in tensors):
-        yield tuple(tensors)
-        return
-    yield from zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)

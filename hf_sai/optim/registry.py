@@ -278,3 +278,12 @@ def parse_options(record: OptimizerRecord, given: Mapping[str, Any]) -> dict[str
                 f"write for example {name}={record.default(name)}"
             ) from None
     return parsed
+
+
+def split_routing(record: OptimizerRecord, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Typed options in two: the constructor's, and those that decide about groups ([`route_parameters`])."""
+    routing = {option.name for option in record.options if option.routing}
+    return (
+        {name: value for name, value in options.items() if name not in routing},
+        {name: value for name, value in options.items() if name in routing},
+    )

@@ -537,39 +537,28 @@ def _coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, st
     """
     Of a tensor's update, with the decay folded into the buffer as `updates.py` derives it; keeps what the next needs.
 
-    A pending tensor, whose gradient is zero and whose scale is 0, only decays.
+    A pending tensor, whose gradient is zero and whose scale is 0, only decays. With a learning rate on the device what
+    the next step needs stays there, in a tensor of its own.
     """
-    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        return _tensor_coefficients(group, state, scale, starts)
-    lr = float(lr)
+    momentum, weight_decay = group["momentum"], group["weight_decay"]
+    on_device = isinstance(group["lr"], Tensor)
+    lr = group["lr"].detach() if on_device else float(group["lr"])
     if not scale or not momentum:
         scale = scale or 1.0
         return Coefficients(0.0, weight_decay / scale, lr * scale)
     ratio = weight_decay / scale
+    decay = state["decay"] if on_device else float(state["decay"])
     if starts:
         coefficients = Coefficients(0.0, ratio, lr * scale)
     else:
         pull = ratio - momentum * state["decay_ratio"]
-        coefficients = Coefficients(momentum * (1.0 - float(state["decay"])), pull, lr * scale)
-    state["decay_ratio"], state["decay"] = ratio, lr * weight_decay
-    return coefficients
-
-
-def _tensor_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, starts: bool) -> Coefficients:
-    """The same for a learning rate on the device: what the next step needs stays there, in a tensor of its own."""
-    lr, momentum = group["lr"].detach(), group["momentum"]
-    if not scale or not momentum:
-        scale = scale or 1.0
-        return Coefficients(0.0, group["weight_decay"] / scale, lr * scale)
-    ratio = group["weight_decay"] / scale
-    if not isinstance(state["decay"], Tensor):
-        state["decay"] = torch.full_like(lr, state["decay"])
-    keep = momentum * (1.0 - state["decay"])
-    pull = ratio - momentum * state["decay_ratio"]
-    coefficients = Coefficients(0.0, ratio, lr * scale) if starts else Coefficients(keep, pull, lr * scale)
+        coefficients = Coefficients(momentum * (1.0 - decay), pull, lr * scale)
     state["decay_ratio"] = ratio
-    state["decay"].copy_(lr).mul_(group["weight_decay"])
+    if on_device:
+        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(group["lr"])
+        state["decay"].copy_(lr).mul_(weight_decay)
+    else:
+        state["decay"] = lr * weight_decay
     return coefficients
 
 

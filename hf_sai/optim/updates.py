@@ -270,8 +270,7 @@ def _single(batch: Batch) -> None:
     for param, grad, buffer, coefficients in batch:
         tensors: tuple[Tensor, ...] = (param, grad) if buffer is None else (param, grad, buffer)
         native = param.dtype in _NATIVE and all(tensor.dtype == param.dtype for tensor in tensors)
-        blocks = [tensors] if native else _blocks(tensors)
-        for block in blocks:
+        for block in [tensors] if native else blocks(tensors, BLOCK_NUMEL):
             _step(batch, coefficients, *block)
 
 
@@ -316,10 +315,9 @@ def round_stochastically_(values: Tensor) -> Tensor:
     return values
 
 
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """The same pieces of each tensor, `BLOCK_NUMEL` elements long; one piece where a tensor is not contiguous."""
-    first = tensors[0]
-    if first.numel() <= BLOCK_NUMEL or not all(tensor.is_contiguous() for tensor in tensors):
+def blocks(tensors: Sequence[Tensor], numel: int) -> Iterator[tuple[Tensor, ...]]:
+    """The same pieces of each tensor, up to `numel` elements long; one piece where a tensor is not contiguous."""
+    if tensors[0].numel() <= numel or not all(tensor.is_contiguous() for tensor in tensors):
         yield tuple(tensors)
         return
-    yield from zip(*(tensor.view(-1).split(BLOCK_NUMEL) for tensor in tensors), strict=True)
+    yield from zip(*(tensor.view(-1).split(numel) for tensor in tensors), strict=True)
