@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
 from transformers import Trainer
 
 import trainer_patches
@@ -94,11 +96,16 @@ class SaITrainerMixin:
             name_parameters(live, self.model if model is None else model)
         return optimizer
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, results: Iterable[EvalResult] = (), **kwargs: Any) -> None:
         """
         As the host's, with our section after it; see [`hf_sai.hub.card.update_card`].
 
         A card that a person has edited since it was generated keeps its text: there only our section is renewed.
+
+        Args:
+            results (iterable of `huggingface_hub.EvalResult`, *optional*): For the card's header; as from
+                [`hf_sai.hub.metrics.card_results`].
+            args, kwargs: The host's own.
         """
         path = Path(self.args.output_dir) / "README.md"
         writes = self.is_world_process_zero()
@@ -107,7 +114,7 @@ class SaITrainerMixin:
         callback = self.gsnr_callback
         if writes and callback.report is not None and callback.config.sai_report:
             callback.write(self.args.output_dir, self.args.output_dir)
-            update_card(path, callback.report, earlier=earlier, repo_id=self._full_repo_id())
+            update_card(path, callback.report, earlier=earlier, repo_id=self._full_repo_id(), results=results)
 
     def _full_repo_id(self) -> str | None:
         name = getattr(self, "hub_model_id", None) or self.args.hub_model_id
@@ -127,7 +134,7 @@ class SaITrainerMixin:
         Args:
             private (`bool`, *optional*): Visibility where the repository has to be made.
             create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
-            args, kwargs: The host's own.
+            args, kwargs: The host's own; what it does not know goes to [`SaITrainerMixin.create_model_card`].
 
         Returns:
             `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed. With `blocking=False` a future of it.

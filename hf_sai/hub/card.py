@@ -164,10 +164,13 @@ def card_facts(report: GSNRReport, artifact: Artifact | None = None) -> CardFact
 def render_section(facts: CardFacts) -> str:
     """The section as Markdown, markers included."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("model_cards", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.PackageLoader("model_cards", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     values = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-    return environment.get_template(facts.template).render(**values)
+    return environment.get_template(facts.template).render(**values).rstrip("\n")
 
 
 def insert_section(text: str, section: str) -> str:
