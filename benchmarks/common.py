@@ -61,9 +61,9 @@ def finished(benchmark: str, setting: dict[str, Any], run: Callable[[], Any]) ->
     return result
 
 
-def command() -> str:
-    """What was typed to get here, without a path."""
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+def command(script: str, argv: Sequence[str] | None) -> str:
+    """What is typed to get there again; `None` is what was typed."""
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *(sys.argv[1:] if argv is None else argv)])
 
 
 def device_name() -> str:

@@ -262,7 +262,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{text}")
     common.RESULTS.mkdir(exist_ok=True)
     plot(found, common.RESULTS / "gsnr_stability.png")
-    known = {"machine": machine("transformers", "peft", "scikit-learn"), "command": command(), "setting": vars(args)}
+    known = {
+        "machine": machine("transformers", "peft", "scikit-learn"),
+        "command": command(__file__, argv),
+        "setting": vars(args),
+    }
     write_results("gsnr_stability", {**known, **found, "ablation": ablated}, text)
 
 

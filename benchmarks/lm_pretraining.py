@@ -218,10 +218,8 @@ def first_step_below(curve: Sequence[tuple[int, float]], loss: float) -> int | N
 
 
 def seconds_until(run: dict[str, Any], loss: float) -> float | None:
-    """Seconds of training until the first evaluation at or below a loss, where the run kept them."""
-    return next(
-        (at for (_, value), at in zip(run["curve"], run.get("seconds_at", []), strict=False) if value <= loss), None
-    )
+    """Seconds of training until the first evaluation at or below a loss."""
+    return next((at for (_, value), at in zip(run["curve"], run["seconds_at"], strict=True) if value <= loss), None)
 
 
 def tuned(name: str, run: Callable[..., dict[str, Any]], steps: int, seeds: int) -> dict[str, Any]:
@@ -260,7 +258,8 @@ def table(results: dict[str, Any], steps: int) -> str:
             share(first_step_below(run["curve"], goal["final"]), steps) for run, goal in zip(runs, goals, strict=True)
         ]
         seconds = [
-            share(seconds_until(run, goal["final"]), goal["seconds"]) for run, goal in zip(runs, goals, strict=True)
+            share(seconds_until(run, goal["final"]), goal["seconds"]) if "seconds_at" in run else "unknown"
+            for run, goal in zip(runs, goals, strict=True)
         ]
         rows.append(
             [
@@ -382,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = f"mean of {args.seeds} seeds" if args.seeds > 1 else "one seed"
     text = f"{title}; {seeds}.\n\n{table(results, args.steps)}\n\n{trials_table(results)}"
     print(f"\n{text}")
-    known = {"machine": machine("transformers"), "command": command(), "setting": vars(args)}
+    known = {"machine": machine("transformers"), "command": command(__file__, argv), "setting": vars(args)}
     write_results(name, {**known, "results": results}, text)
 
 

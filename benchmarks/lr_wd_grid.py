@@ -252,7 +252,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.RESULTS.mkdir(exist_ok=True)
     plot(runs, common.RESULTS / f"{name}.png")
     where = machine("transformers", "scikit-learn")
-    results = {"machine": where, "command": command(), "setting": vars(args), "summary": rows, "runs": runs}
+    results = {
+        "machine": where,
+        "command": command(__file__, argv),
+        "setting": vars(args),
+        "summary": rows,
+        "runs": runs,
+    }
     write_results(name, results, text)
 
 

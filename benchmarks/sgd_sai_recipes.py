@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"the largest g-SNR, {factor:.0f}).\n\n{table(found)}"
     )
     print(f"\n{text}")
-    known = {"machine": machine("transformers"), "command": command(), "setting": vars(args)}
+    known = {"machine": machine("transformers"), "command": command(__file__, argv), "setting": vars(args)}
     write_results("sgd_sai_recipes", {**known, "largest_gsnr": factor, "runs": found}, text)
 
 
