@@ -1,11 +1,11 @@
-# make demo | test | test-oldest | style | quality | docs, each building .venv first where it is missing or older than what it is made from.
+# make demo | test | test-oldest | bench-quick | style | quality | docs, each building .venv first where it is missing or older than what it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 # Tests side by side; each uses about 1.5 GB at most.
 WORKERS := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-oldest style quality docs clean
+.PHONY: demo test test-oldest bench-quick style quality docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest $(WORKERS)
+
+bench-quick: $(READY)
+	$(BIN)/python benchmarks/quick.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

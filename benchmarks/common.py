@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 
 RESULTS = Path(__file__).parent / "results"
+RUNS = Path(__file__).parent / "runs"  # finished runs of an interrupted benchmark; not in git
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -38,6 +40,30 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def finished(benchmark: str, setting: dict[str, Any], run: Callable[[], Any]) -> Any:
+    """
+    What `run()` gives, or gave before: a long benchmark that was interrupted goes on where it was.
+
+    Kept in `benchmarks/runs/<benchmark>.jsonl`, by the whole setting and the versions; delete the file to run afresh.
+    """
+    path = RUNS / f"{benchmark}.jsonl"
+    key = json.dumps({**setting, "versions": versions("torch", "hf_sai", "transformers")}, sort_keys=True)
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        kept = json.loads(line)
+        if kept["key"] == key:
+            return kept["result"]
+    result = run()
+    RUNS.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"key": key, "result": result}) + "\n")
+    return result
+
+
+def command(script: str, argv: Sequence[str] | None) -> str:
+    """What is typed to get there again; `None` is what was typed."""
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *(sys.argv[1:] if argv is None else argv)])
 
 
 def device_name() -> str:

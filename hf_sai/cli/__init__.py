@@ -1,4 +1,4 @@
-"""The command line: `hf-sai run`, `list`, `report`, `compare`, `push`."""
+"""The command line: `hf-sai run`, `list`, `memory`, `report`, `compare`, `push`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from .memory import memory as _memory
 from .push import push
 from .report import compare as _compare
 from .report import report as _report
@@ -36,6 +37,7 @@ app = _App(
 # Options end at the script's path: what comes after is not looked at.
 app.command(name="run", help=HELP, context_settings={"allow_interspersed_args": False})(_run)
 app.command(name="push")(push)
+app.command(name="memory")(_memory)
 
 
 @app.command(name="list")

@@ -184,6 +184,25 @@ class SWAN(NamedOptimizer):
             for group in [self.param_groups[group_index]]
         ]
 
+    def whitening_bytes(self, one_at_a_time: bool = False) -> int:
+        """
+        A bound on what whitening needs for a while in a step, with gradients in the parameters' dtype; reads shapes.
+
+        Args:
+            one_at_a_time (`bool`, *optional*, defaults to `False`): As layer-wise updates whiten.
+        """
+        batches: dict[Any, list[_Matrix]] = {}
+        for row, (group_index, _, param) in zip(self.routes(), self._params(), strict=True):
+            if row.route != ADAM:
+                matrix = _Matrix(self.param_groups[group_index], row.name, param, param, layout_of(row.route))
+                batches.setdefault(_batch_key(matrix), []).append(matrix)
+        counts = [
+            (1 if one_at_a_time else len(batch), batch[0].param.numel())
+            for matrices in batches.values()
+            for batch in _chunks(matrices)
+        ]
+        return max((BYTES_PER_ELEMENT * count * numel for count, numel in counts), default=0)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Loads what `state_dict()` gave, Adam's moments in float32 whatever the parameters' dtype.

@@ -1,0 +1,301 @@
+"""The benchmark scripts, at a size that proves only that they run and that their tables follow from their runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """The scripts' folder on the path, and folders of its own for what they write."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(common, "RUNS", tmp_path / "runs")
+    yield tmp_path / "results"
+    torch.set_num_threads(threads)
+
+
+def read(folder, name):
+    """The result file, whose machine, versions, date and command are there."""
+    written = json.loads((folder / f"{name}.json").read_text())
+    about = written["machine"]
+    assert {"torch", "hf_sai", "transformers"} <= set(about["versions"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"])
+    assert about["threads"] >= 1
+    assert written["command"].startswith("python benchmarks/")
+    markdown = (folder / f"{name}.md").read_text()
+    assert markdown.endswith(f"; {about['date']}.\n")
+    return written, markdown
+
+
+def cells(markdown, *start):
+    """The first row of the tables that starts with these cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    return next(row for row in rows if row[: len(start)] == list(start))
+
+
+def test_grid_peak_and_mean_follow_from_its_runs(results, monkeypatch):
+    import lr_wd_grid
+
+    choice = [
+        "--optimizers",
+        "sgd_sai",
+        "adamw",
+        "--rates",
+        "0.1",
+        "0.001",
+        "--decays",
+        "0.01",
+        "--steps",
+        "5",
+        "--seeds",
+        "2",
+    ]
+    lr_wd_grid.main(choice)
+    written, markdown = read(results, "lr_wd_grid_5")
+    assert len(written["runs"]) == 2 * 2 * 2 * 2
+    assert (results / "lr_wd_grid_5.png").read_bytes().startswith(PNG)
+    for model in ("vit", "cnn"):
+        for optimizer, label in (("sgd_sai", "SGD-SaI"), ("adamw", "AdamW")):
+            mean = {
+                lr: statistics.mean(
+                    run["accuracy"]
+                    for run in written["runs"]
+                    if (run["model"], run["optimizer"], run["lr"]) == (model, optimizer, lr)
+                )
+                for lr in (0.1, 0.001)
+            }
+            row = cells(markdown, lr_wd_grid.MODELS[model][0], label)
+            assert row[2] == f"{max(mean.values()):.1f}"
+            assert row[4:] == [f"{value:.1f}" for value in (statistics.mean(mean.values()), *mean.values())]
+
+    def fail(*place):
+        raise AssertionError(f"{place} was trained again")
+
+    monkeypatch.setattr(lr_wd_grid, "train", fail)
+    lr_wd_grid.main([*choice, "--steps", "5"])
+    assert read(results, "lr_wd_grid_5")[0]["runs"] == written["runs"]
+
+
+def test_grid_counts_what_a_constant_model_gets_right(results):
+    """At a learning rate of 0 nothing but the decay moves; one class of ten or so is right by chance."""
+    import lr_wd_grid
+
+    run = lr_wd_grid.train("cnn", "adamw", 0.0, 0.0, 0, 2)
+    torch.manual_seed(0)
+    model = lr_wd_grid.CNN()
+    pixels, classes, held_out_pixels, held_out_classes = lr_wd_grid.digits()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(classes), generator=generator)
+    for step in range(2):  # the running means of BatchNorm
+        model(pixels[order[64 * step : 64 * (step + 1)]])
+    right = (model.eval()(held_out_pixels).argmax(-1) == held_out_classes).sum().item()
+    assert run["accuracy"] == pytest.approx(100 * right / 360)
+    assert (len(classes), len(held_out_classes)) == (1437, 360)
+
+
+@pytest.fixture
+def short(monkeypatch, results):
+    """Language modelling with two evaluations of one batch."""
+    import lm_pretraining
+    import lora_finetuning
+
+    monkeypatch.setattr(lm_pretraining, "EVALUATE_EVERY", 2)
+    monkeypatch.setattr(lm_pretraining, "HELD_OUT_BATCHES", 1)
+    monkeypatch.setattr(lora_finetuning, "HELD_OUT_BATCHES", 1)
+    return results
+
+
+def test_language_modelling_tokens_follow_from_its_curves(short):
+    import lm_pretraining
+
+    size = "--architecture gpt2 --width 32 --layers 1 --steps 6 --seeds 2 --threads 1 --optimizers adamw swan"
+    lm_pretraining.main(size.split())
+    name = "lm_pretraining_gpt2_32x1_6"
+    written, markdown = read(short, name)
+    assert (short / f"{name}.png").read_bytes().startswith(PNG)
+    found = written["results"]
+    assert set(found) == {"adamw", "swan", "swan, half the tokens"}
+    for result in found.values():
+        assert result["lr"] == min((loss, float(lr)) for lr, loss in result["trials"].items())[1]
+        assert [run["seed"] for run in result["runs"]] == [0, 1]
+    swan, adamw = found["swan"]["runs"], found["adamw"]["runs"]
+    shares, seconds = [], []
+    for mine, theirs in zip(swan, adamw, strict=True):
+        assert [step for step, _ in mine["curve"]] == [2, 4, 6]
+        reached = next((index for index, (_, loss) in enumerate(mine["curve"]) if loss <= theirs["final"]), None)
+        shares.append("not" if reached is None else f"{mine['curve'][reached][0] / 6:.2f}")
+        seconds.append("not" if reached is None else f"{mine['seconds_at'][reached] / theirs['seconds']:.2f}")
+    row = cells(markdown, "SWAN")
+    assert row[2] == f"{statistics.mean(run['final'] for run in swan):.3f}"
+    assert row[5:] == [", ".join(shares), ", ".join(seconds)]
+
+    lm_pretraining.main(["--summary"])
+    summary = cells((short / "lm_pretraining_summary.md").read_text(), "GPT-2", "1 x 32", "6", "2")
+    assert summary[5] == row[2]
+    reached = [float(share) for share in shares if share != "not"]
+    if len(reached) == 2:
+        assert float(summary[8]) == pytest.approx(statistics.mean(reached), abs=0.011)
+    else:
+        assert summary[8] == "not"
+
+
+def test_recipes_name_each_run(short):
+    import sgd_sai_recipes
+
+    sgd_sai_recipes.main(["--width", "32", "--layers", "1", "--steps", "2"])
+    written, markdown = read(short, "sgd_sai_recipes")
+    runs = written["runs"]
+    usual = [run for run in runs if (run["recipe"], run["optimizer"], run["steps"]) == ("usual", "sgd_sai", 2)]
+    best = min(usual, key=lambda run: run["loss"])
+    # The same training under the other normalisation, whose learning rate was carried over.
+    (normalized,) = [run for run in runs if run["recipe"] == "normalize=max"]
+    assert normalized["lr"] == pytest.approx(best["lr"] * written["largest_gsnr"])
+    assert normalized["loss"] == pytest.approx(best["loss"], abs=2e-3)
+    assert {run["steps"] for run in runs} == {2, 2 * sgd_sai_recipes.LONGER}
+    for run in runs:
+        assert f"| {run['steps']} | {run['loss']:.3f} |" in markdown
+
+
+def test_gsnr_is_measured_in_every_condition_and_ablated(short):
+    import gsnr_stability
+    import lm_pretraining
+
+    size = "--width 32 --layers 1 --steps 2 --base_steps 1 --lora_steps 1 --vit_steps 2 --seeds 1"
+    gsnr_stability.main(size.split())
+    written, markdown = read(short, "gsnr_stability")
+    assert (short / "gsnr_stability.png").read_bytes().startswith(PNG)
+    # One tensor by hand: the paper's formula over the square root of its size.
+    model = lm_pretraining.gpt2(32, 1, 0)
+    tokens = lm_pretraining.batch(lm_pretraining.data()[0], torch.Generator().manual_seed(0))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for name in ("transformer.ln_f.weight", "transformer.h.0.mlp.c_fc.weight"):
+        grad = model.get_parameter(name).grad.double()
+        ratio = grad.norm() / grad.std() / math.sqrt(grad.numel())
+        assert written["conditions"]["GPT-2"]["one batch"][name] == pytest.approx(ratio.item(), rel=1e-5)
+    assert [entry["step"] for entry in written["training"]["LoRA"]] == [0, 1, 2]
+    assert not any("lora_A" in name for name in written["training"]["LoRA"][0]["excess"])  # zero while B is
+    assert any("lora_A" in name for name in written["training"]["LoRA"][2]["excess"])
+    for row in written["ablation"]:
+        digits = 4 if row["unit"] == "loss" else 1
+        ours, size_only = (row["results"][name][0] for name in ("sgd_sai", "sgd_sai_size"))
+        shown = cells(markdown, row["task"], row["unit"], f"{row['lr']:g}")
+        values = [f"{ours:.{digits}f}", f"{size_only:.{digits}f}", f"{ours - size_only:+.{digits}f}"]
+        assert shown[3:] == values
+
+
+def test_scales_of_the_ablation_are_the_square_roots_of_the_sizes(results):
+    import lm_pretraining
+
+    model = lm_pretraining.llama(32, 1, 0)
+    optimizer = lm_pretraining.make_optimizer("sgd_sai_size", model, 0.01)
+    rows = optimizer.gsnr_statistics()
+    assert {row.name: row.scale for row in rows} == {
+        name: math.sqrt(param.numel()) for name, param in model.named_parameters()
+    }
+
+
+def test_tables_apart_learn_at_their_own_rate(results):
+    import lm_pretraining
+
+    model = lm_pretraining.llama(32, 1, 0)
+    optimizer = lm_pretraining.make_optimizer("sgd_sai", model, 0.01, table_lr_ratio=3.0)
+    tables, rest = optimizer.param_groups
+    assert tables["param_names"] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert (tables["lr"], rest["lr"]) == (pytest.approx(0.03), 0.01)
+    assert len(tables["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_guard_says_what_moved(results):
+    import quick
+
+    before = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 1.0, "gone": 1.0}
+    now = {"a": 1.149, "b": 1.151, "c": 1.6, "d": 0.86, "fresh": 0.5}
+    assert quick.moved(now, before) == [
+        ("b", "worse: 1.000 -> 1.151 (+15%)"),
+        ("c", "better: 2.000 -> 1.600 (-20%)"),
+        ("gone", "missing: was not measured"),
+        ("fresh", "new: 0.500"),
+    ]
+
+
+def test_guard_compares_with_what_is_committed(results, monkeypatch, capsys):
+    import quick
+
+    measured = {"time": 1.0}
+    monkeypatch.setattr(quick, "step_ratios", lambda rounds, threads: dict(measured))
+    monkeypatch.setattr(quick, "loss_ratios", lambda steps: {})
+    assert quick.main([]) == 0
+    assert "Nothing to compare with" in capsys.readouterr().out
+    assert quick.main(["--update"]) == 0
+    written, markdown = read(results, "quick_cpu")
+    assert written["ratios"]["state, gpt2-xl: SGD-SaI to AdamW"] == pytest.approx(0.5, abs=1e-6)
+    assert cells(markdown, "time") == ["time", "1.000"]
+    capsys.readouterr()
+    assert quick.main([]) == 0
+    assert capsys.readouterr().out.endswith("Nothing moved by more than 15%.\n")
+    measured["time"] = 1.2
+    assert quick.main([]) == 1
+    assert capsys.readouterr().out.endswith("\ntime: worse: 1.000 -> 1.200 (+20%)\n")
+    measured["time"] = 0.8
+    assert quick.main([]) == 0
+    assert json.loads((results.parent / "runs" / "quick_cpu.json").read_text())["ratios"]["time"] == 0.8
+
+
+def test_guard_measures_steps_and_losses(short, monkeypatch):
+    import quick
+
+    monkeypatch.setattr(quick, "STEP_MODELS", ("LoRA r=4 on GPT-2 medium",))
+    steps, losses = quick.step_ratios(1, 1), quick.loss_ratios(1)
+    assert "time of a step, LLaMA 6 x 128: SWAN to Muon" in steps
+    assert "time of a step, LoRA r=4 on GPT-2 medium: SGD-SaI to AdamW fused" in steps
+    assert len(losses) == 2
+    assert all(value > 0 for value in [*steps.values(), *losses.values()])
+
+
+# ---- what is committed ----
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("lm_pretraining_*x*.json")), ids=lambda path: path.stem)
+def test_committed_tables_of_language_modelling_follow_from_their_runs(results, path):
+    import lm_pretraining
+
+    written = json.loads(path.read_text())
+    markdown = path.with_suffix(".md").read_text()
+    assert lm_pretraining.table(written["results"], written["setting"]["steps"]) in markdown
+    assert lm_pretraining.trials_table(written["results"]) in markdown
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("lr_wd_grid_*.json")), ids=lambda path: path.stem)
+def test_committed_tables_of_the_grid_follow_from_their_runs(results, path):
+    import lr_wd_grid
+
+    written = json.loads(path.read_text())
+    rows = lr_wd_grid.summary(written["runs"])
+    assert rows == written["summary"]
+    assert lr_wd_grid.table(rows) in path.with_suffix(".md").read_text()
+
+
+def test_committed_summary_follows_from_the_result_files(results, monkeypatch):
+    import common
+    import lm_pretraining
+
+    monkeypatch.setattr(common, "RESULTS", RESULTS)
+    shown = (RESULTS / "lm_pretraining_summary.md").read_text()
+    for row in lm_pretraining.summary_rows():
+        assert f"| {' | '.join(row)} |" in shown
