@@ -1,4 +1,4 @@
-"""Diffusers' own training scripts, unmodified, from a checkout: `DIFFUSERS_EXAMPLES=<checkout>/examples`."""
+"""The training scripts of diffusers, unmodified, where there is a checkout: `DIFFUSERS_EXAMPLES=<it>/examples`."""
 
 from __future__ import annotations
 
