@@ -105,7 +105,8 @@ class SaITrainerMixin:
         Args:
             results (iterable of `huggingface_hub.EvalResult`, *optional*): For the card's header; as from
                 [`hf_sai.hub.metrics.card_results`].
-            args, kwargs: The host's own.
+            *args: The host's own.
+            **kwargs: The host's own.
         """
         path = Path(self.args.output_dir) / "README.md"
         writes = self.is_world_process_zero()
@@ -134,7 +135,8 @@ class SaITrainerMixin:
         Args:
             private (`bool`, *optional*): Visibility where the repository has to be made.
             create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
-            args, kwargs: The host's own; what it does not know goes to [`SaITrainerMixin.create_model_card`].
+            *args: The host's own.
+            **kwargs: The host's own; what it does not know goes to [`SaITrainerMixin.create_model_card`].
 
         Returns:
             `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed. With `blocking=False` a future of it.

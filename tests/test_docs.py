@@ -1,0 +1,91 @@
+"""The texts: every code block is run, the site builds without a warning, and no link leads nowhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import tiny_llama, token_blocks
+from hub_server import connected, loopback_hub
+from typer.testing import CliRunner
+
+from hf_sai.cli import app
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
+)
+NOT_CODE = {"text", "bibtex", "yaml"}
+
+
+def blocks(page, *languages):
+    """Language and code of the blocks of a page that are to be run."""
+    found = BLOCK.finditer(page.read_text())
+    return [(each["language"], each["code"]) for each in found if each["language"] in languages and not each["reason"]]
+
+
+def test_the_pages_have_blocks_and_each_is_run_or_says_why_not():
+    languages = {each["language"] for page in PAGES for each in BLOCK.finditer(page.read_text())}
+    assert languages <= {"python", "bash", *NOT_CODE}
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 8
+    for page in PAGES:
+        assert page.read_text().count("```") == 2 * len(list(BLOCK.finditer(page.read_text()))), page.name
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the model that the pages name, and a Hub."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("your/model")
+    monkeypatch.setenv("HF_TOKEN", "the-token-of-these-tests")
+    with loopback_hub() as hub, connected(hub, monkeypatch):
+        yield hub
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python", "bash")], ids=lambda page: page.stem
+)
+def test_what_a_page_shows_runs_from_its_first_block_to_its_last(page, workplace, capsys):
+    names = {"data": token_blocks(16), "__name__": "__main__"}
+    for language, code in blocks(page, "python", "bash"):
+        if language == "bash":
+            run_commands(code, page)
+            continue
+        exec(compile(code, str(page), "exec"), names)
+        for comment in re.findall(r"^# (\{.*)$", code, re.MULTILINE):  # what a block says that it prints
+            assert comment in capsys.readouterr().out
+    pushes = any("push_to_hub()" in code for _, code in blocks(page, "python"))
+    assert bool(workplace.repos) == pushes, "a push that fails is only a warning"
+
+
+def run_commands(code, page):
+    for line in code.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "hf-sai", f"{page.name} has a command that this test can't run: {line}"
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+def test_links_to_files_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    monkeypatch.chdir(ROOT)
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True)
+    build(config)
+    made = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("index.html")}
+    expected = {f"{page.stem}/index.html" for page in PAGES[1:] if page.stem != "index"}
+    assert {"index.html", *expected} == made
+    for script in re.findall(r'(?:src|href)="(https?://[^"]+)"', (tmp_path / "site" / "index.html").read_text()):
+        assert not script.endswith((".js", ".css")), f"the site fetches {script}"
