@@ -65,7 +65,7 @@ def rank_main(rank, port, folder, optim, failing):
     logging.getLogger("hf_sai").addHandler(type("Keep", (logging.Handler,), {"emit": lambda _, r: warned.append(r)})())
     changed = {"save_strategy": "steps", "save_steps": 2, "ddp_backend": "gloo", "max_steps": 4}
     args = arguments(folder / "out", optim=optim, learning_rate={"sgd_sai": 0.02, "swan": 2e-3}[optim], **changed)
-    config = SaIConfig(gsnr_track_steps=1 if optim == "sgd_sai" else 0)
+    config = SaIConfig(gsnr_track_steps=1 if optim == "sgd_sai" else 0, hub_strict=failing)
     trainer = SaITrainer(tiny_lora(), args, train_dataset=token_blocks(), sai_config=config)
     args.push_to_hub, trainer.hub_model_id, trainer.push_in_progress = True, "user/model", None
     called = record_collectives()
@@ -100,7 +100,8 @@ def test_nothing_that_rank_0_does_alone_is_waited_for(processes, tmp_path, optim
     assert first["called"] == second["called"]
     assert first["called"]
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
-    assert (first["pushed"] is not None, second["pushed"]) == (True, None)
+    assert (first["pushed"], second["pushed"]) == ("PushError" if failing else None, None)
+    assert any("user/model" in text for text in first["warned"])  # the pushes of the saves
     warned = [text for text in first["warned"] if "could not be written; training goes on" in text]
     assert bool(warned) == failing
     assert second["warned"] == []
