@@ -268,6 +268,16 @@ def test_branch_pull_request_and_future(hub, tmp_path):
     assert "adapter_model.safetensors" in repo.tree("refs/pr/1")
 
 
+def test_another_rank_sends_nothing_and_waits_for_nobody(hub, tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, tiny_lora(), "user/rank", push_to_hub=False)
+    trainer.train()
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    before = len(hub.requests)
+    assert trainer.push_to_hub(token=TOKEN) is None
+    assert len(hub.requests) == before
+    assert ModelCard.load(tmp_path / "README.md").text.count(BEGIN) == 0  # PEFT's form, as `_save` left it
+
+
 SCRIPT = """
 import sys
 from helpers import arguments, tiny_lora, token_blocks
