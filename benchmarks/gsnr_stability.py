@@ -24,8 +24,8 @@ import common
 import lr_wd_grid
 import torch
 from common import command, finished, machine, markdown_table, write_results
-from lm_pretraining import batch, cached_train, data, gpt2, llama, make_optimizer, schedule
-from lora_finetuning import documentation, held_out, train
+from lm_pretraining import batch, cached_train, data, gpt2, held_out_loss, llama, make_optimizer, schedule
+from lora_finetuning import documentation
 from transformers import set_seed
 
 import hf_sai
@@ -78,22 +78,35 @@ def lora_model(base: Any) -> Any:
     return get_peft_model(copy.deepcopy(base), config)
 
 
-def over_training(model: Any, text: torch.Tensor, optimizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """`g-SNR / sqrt(numel)` on the same two batches before and during a training."""
-    fixed = batches(text, 2, 3)
+def train(
+    model: Any, optimizer: Any, text: torch.Tensor, steps: int, seed: int, before: Callable[[int], None] | None = None
+) -> None:
+    """As `lm_pretraining.py` trains; `before` is called before each step."""
     peaks = [group["lr"] for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for step in range(args.steps + 1):
-        if step % max(1, args.steps // 10) == 0 or step == 1:
-            found.append({"step": step, "excess": excess(model, fixed)})
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        if before is not None:
+            before(step)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, args.steps)
+            group["lr"] = peak * schedule(step, steps)
         tokens = batch(text, generator)
         model(input_ids=tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def over_training(model: Any, text: torch.Tensor, optimizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`g-SNR / sqrt(numel)` on the same two batches before, during and after a training."""
+    fixed = batches(text, 2, 3)
+    found = []
+
+    def look(step: int) -> None:
+        if step % max(1, args.steps // 10) == 0 or step == 1:
+            found.append({"step": step, "excess": excess(model, fixed)})
+
+    train(model, optimizer, text, args.steps, 0, look)
+    look(args.steps)
     return found
 
 
@@ -123,7 +136,7 @@ def ablate_lora(base: Any, name: str, lr: float, seed: int, args: argparse.Names
     set_seed(seed)
     model = lora_model(base)
     train(model, make_optimizer(name, model, lr), texts[0], args.lora_steps, seed)
-    return held_out(model, texts[1])
+    return held_out_loss(model, texts[1])
 
 
 def ablation(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -153,8 +166,18 @@ def spread(values: Sequence[float]) -> str:
     return f"{min(values):.3f} / {statistics.median(values):.3f} / {max(values):.3f}"
 
 
+def change_table(found: dict[str, Any], width: int, layers: int) -> str:
+    """How far each measurement is from that of one batch."""
+    models = {name: make(width, layers, 0) for name, make in MODELS.items()}
+    models["LoRA"] = lora_model(models["LLaMA"])
+    dimensions = {
+        name: {each: param.ndim for each, param in model.named_parameters()} for name, model in models.items()
+    }
+    return markdown_table(["model", "measured", "matrices", "vectors"], change_rows(found, dimensions))
+
+
 def change_rows(found: dict[str, Any], dimensions: dict[str, dict[str, int]]) -> list[list[str]]:
-    """How far a measurement is from that of one batch: the ratio, over all matrices and over all vectors."""
+    """The ratio to one batch's measurement, over all matrices and over all vectors; of one batch, to `sqrt(numel)`."""
     rows = []
     for model, by_condition in found["conditions"].items():
         reference = by_condition["one batch"]
@@ -176,7 +199,7 @@ def change_rows(found: dict[str, Any], dimensions: dict[str, dict[str, int]]) ->
     return rows
 
 
-def ablation_rows(ablated: Sequence[dict[str, Any]]) -> list[list[str]]:
+def ablation_table(ablated: Sequence[dict[str, Any]]) -> str:
     """Means over the seeds, and the difference seed by seed."""
     rows = []
     for row in ablated:
@@ -185,7 +208,8 @@ def ablation_rows(ablated: Sequence[dict[str, Any]]) -> list[list[str]]:
         differences = ", ".join(f"{a - b:+.{digits}f}" for a, b in zip(ours, size, strict=True))
         means = [f"{statistics.mean(each):.{digits}f}" for each in (ours, size)]
         rows.append([row["task"], row["unit"], f"{row['lr']:g}", *means, differences])
-    return rows
+    scales = [f"scale = {label}" for label in SCALES.values()]
+    return markdown_table(["task", "unit", "learning rate", *scales, "difference, seed by seed"], rows)
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -216,8 +240,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 paths.setdefault(kind, []).append((entry["step"], statistics.median(each)))
         apart = sorted(paths, key=lambda kind: max(abs(math.log(value)) for _, value in paths[kind]), reverse=True)
         for kind in apart:
-            label = kind if kind in apart[:7] else None
-            place.plot(*zip(*paths[kind], strict=True), marker=".", lw=1.2, label=label, zorder=3 if label else 2)
+            style = {"label": kind, "zorder": 3} if kind in apart[:7] else {"color": "#cccccc"}
+            place.plot(*zip(*paths[kind], strict=True), marker=".", lw=1.2, **style)
         place.axhline(1.0, color="#888888", lw=1)
         place.set_xlabel("steps of AdamW")
         place.set_ylabel("g-SNR / sqrt(numel), median of the kind")
@@ -243,21 +267,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     found = finished("gsnr_stability", {"part": "measured", **vars(args)}, lambda: measured(args))
     ablated = finished("gsnr_stability", {"part": "ablation", **vars(args)}, lambda: ablation(args))
-    dimensions = {
-        name: {each: param.ndim for each, param in make(args.width, args.layers, 0).named_parameters()}
-        for name, make in MODELS.items()
-    }
-    dimensions["LoRA"] = {
-        name: param.ndim for name, param in lora_model(llama(args.width, args.layers, 0)).named_parameters()
-    }
-    changes = markdown_table(["model", "measured", "matrices", "vectors"], change_rows(found, dimensions))
-    header = ["task", "unit", "learning rate", "scale = g-SNR", "scale = sqrt(numel)", "difference, seed by seed"]
+    changes = change_table(found, args.width, args.layers)
     text = (
         f"Byte-level models of {args.layers} layers, {args.width} wide, at random weights; the adapter's base was "
         f"trained for {args.base_steps} steps. Least / median / largest of `g-SNR / sqrt(numel)` in the rows of one "
         "batch; in the others, of the ratio to that measurement (to the first that was possible, for training).\n\n"
         f"{changes}\n\nThe same training with scales that were measured and with `sqrt(numel)`; {args.seeds} seeds."
-        f"\n\n{markdown_table(header, ablation_rows(ablated))}"
+        f"\n\n{ablation_table(ablated)}"
     )
     print(f"\n{text}")
     common.RESULTS.mkdir(exist_ok=True)

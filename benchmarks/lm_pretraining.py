@@ -142,13 +142,13 @@ def batch(text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any) -> float:
-    """On the same blocks at every call."""
+def held_out_loss(model: Any, text: torch.Tensor | None = None) -> float:
+    """On the same blocks at every call, of the source or another text."""
+    text = data()[1] if text is None else text
     generator = torch.Generator().manual_seed(12345)
     model.eval()
-    losses = [
-        model(tokens, labels=tokens).loss for tokens in (batch(data()[1], generator) for _ in range(HELD_OUT_BATCHES))
-    ]
+    blocks = [batch(text, generator) for _ in range(HELD_OUT_BATCHES)]
+    losses = [model(input_ids=tokens, labels=tokens).loss for tokens in blocks]
     model.train()
     return torch.stack(losses).mean().item()
 

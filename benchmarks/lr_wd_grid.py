@@ -144,15 +144,11 @@ def cells(runs: Sequence[dict[str, Any]], model: str, optimizer: str) -> dict[tu
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """
-    Peak and mean of each model and optimizer: the best cell, the mean over all, and over the rates above the least.
-    """
+    """Of each model and optimizer: the best cell, the mean over all, and the mean of each learning rate."""
     rows = []
     for model, optimizer in dict.fromkeys((run["model"], run["optimizer"]) for run in runs):
         grid = cells(runs, model, optimizer)
         best = max(grid, key=lambda cell: grid[cell])
-        least = min(lr for lr, _ in grid)
-        above = [accuracy for (lr, _), accuracy in grid.items() if lr > least]
         by_rate = {f"{rate:g}": statistics.mean(a for (lr, _), a in grid.items() if lr == rate) for rate, _ in grid}
         rows.append(
             {
@@ -161,7 +157,6 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "peak": grid[best],
                 "peak_at": list(best),
                 "mean": statistics.mean(grid.values()),
-                "mean_above_least_rate": statistics.mean(above or grid.values()),
                 "by_rate": by_rate,
             }
         )

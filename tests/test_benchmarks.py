@@ -113,11 +113,9 @@ def test_grid_counts_what_a_constant_model_gets_right(results):
 def short(monkeypatch, results):
     """Language modelling with two evaluations of one batch."""
     import lm_pretraining
-    import lora_finetuning
 
     monkeypatch.setattr(lm_pretraining, "EVALUATE_EVERY", 2)
     monkeypatch.setattr(lm_pretraining, "HELD_OUT_BATCHES", 1)
-    monkeypatch.setattr(lora_finetuning, "HELD_OUT_BATCHES", 1)
     return results
 
 
@@ -299,3 +297,20 @@ def test_committed_summary_follows_from_the_result_files(results, monkeypatch):
     shown = (RESULTS / "lm_pretraining_summary.md").read_text()
     for row in lm_pretraining.summary_rows():
         assert f"| {' | '.join(row)} |" in shown
+
+
+def test_committed_tables_of_gsnr_follow_from_the_measurements(results):
+    import gsnr_stability
+
+    written = json.loads((RESULTS / "gsnr_stability.json").read_text())
+    markdown = (RESULTS / "gsnr_stability.md").read_text()
+    setting = written["setting"]
+    assert gsnr_stability.change_table(written, setting["width"], setting["layers"]) in markdown
+    assert gsnr_stability.ablation_table(written["ablation"]) in markdown
+
+
+def test_committed_table_of_the_recipes_follows_from_the_runs(results):
+    import sgd_sai_recipes
+
+    written = json.loads((RESULTS / "sgd_sai_recipes.json").read_text())
+    assert sgd_sai_recipes.table(written["runs"]) in (RESULTS / "sgd_sai_recipes.md").read_text()

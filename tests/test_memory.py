@@ -127,9 +127,9 @@ def test_extra_is_what_an_update_takes(name, make, looseness):
 def test_eight_bit_state_is_the_documented_layout():
     """Two moments: a byte each and a maximum per 256 elements; small tensors and embeddings in 32 bits."""
     with torch.device("meta"):
-        model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 100))
-    blocks = 25  # of 6400 elements
-    expected = 2 * 4 * 6400 + 2 * (6400 + 4 * blocks) + 2 * 4 * 100 + 2048
+        model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 101))
+    blocks = 26  # of 6464 elements; the last is not full
+    expected = 2 * 4 * 6400 + 2 * (6464 + 4 * blocks) + 2 * 4 * 101 + 2048
     (row,) = memory_rows(model, ["adamw_8bit"])
     assert row.state == expected
     assert not row.made
