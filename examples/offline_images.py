@@ -108,3 +108,36 @@ def stable_diffusion(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def pretrained(size: int = 32, steps: int = 250, seed: int = 0) -> StableDiffusionPipeline:
+    """A pipeline that draws on white paper, more or less: its autoencoder and its denoiser are trained here."""
+    pipeline = stable_diffusion(channels=(16, 32), seed=seed)
+    images, captions = zip(*drawings(size), strict=True)
+    pixels = pipeline.image_processor.preprocess(list(images))
+    vae, unet, scheduler = pipeline.vae, pipeline.unet, pipeline.scheduler
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-3)
+    for _ in range(steps):
+        moved = torch.roll(pixels, torch.randint(-4, 5, (2,)).tolist(), (2, 3))[torch.randperm(len(pixels))[:6]]
+        loss = (vae.decode(vae.encode(moved).latent_dist.mean).sample - moved).square().mean()
+        _step(optimizer, loss)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        latents = latents * vae.config.scaling_factor
+        text = pipeline.encode_prompt(list(captions), "cpu", 1, False)[0]
+        nothing = pipeline.encode_prompt("", "cpu", 1, False)[0]
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    for _ in range(steps):
+        chosen = torch.randint(0, len(latents), (8,))
+        told = torch.where(torch.rand(8, 1, 1) < 0.1, nothing, text[chosen])  # for guidance
+        noise, times = torch.randn_like(latents[chosen]), torch.randint(0, scheduler.config.num_train_timesteps, (8,))
+        predicted = unet(scheduler.add_noise(latents[chosen], noise, times), times, told).sample
+        _step(optimizer, (predicted - noise).square().mean())
+    return pipeline
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
