@@ -71,17 +71,19 @@ def test_batches_give_what_the_whole_gives_and_the_next_evaluation_starts_anew()
         assert parts == pytest.approx(whole, rel=1e-6)
 
 
-def test_perplexity_of_a_run_is_that_of_its_loss(tmp_path):
+def test_metrics_of_a_run_are_those_of_its_model(tmp_path):
     args = arguments(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=5, max_steps=1)
     compute = ComputeMetrics(["perplexity", "token_accuracy"], "causal_lm")
     trainer = SaITrainer(
         tiny_llama(), args, train_dataset=token_blocks(), eval_dataset=token_blocks(12), compute_metrics=compute
     )
     found = trainer.evaluate()
-    assert found["eval_perplexity"] == pytest.approx(math.exp(found["eval_loss"]), rel=1e-4)
     rows = torch.stack([row["input_ids"] for row in token_blocks(12)])
     with torch.no_grad():
-        guesses = trainer.model(rows).logits.argmax(-1)
+        output = trainer.model(rows, labels=rows)
+    # Not the run's eval_loss: that of transformers 5.2 is another where the last batch is smaller.
+    assert found["eval_perplexity"] == pytest.approx(math.exp(output.loss), rel=1e-5)
+    guesses = output.logits.argmax(-1)
     assert found["eval_token_accuracy"] == pytest.approx((guesses[:, :-1] == rows[:, 1:]).float().mean().item())
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import STAGES, connected, loopback_hub, online
+from hub_server import STAGES, connected, loopback_hub, online, wait_until
 from typer.testing import CliRunner
 
 from hf_sai.cli import app
@@ -173,6 +173,17 @@ def test_what_never_ends_is_left_behind():
         assert all(thread.daemon for thread in left)
     finally:
         blocked.set()
+
+
+def test_what_was_given_up_commits_nothing_later(hub, folder):
+    hub.add("user/run", {"kept.txt": b""})
+    hub.fail("preupload", "slow")
+    with pytest.raises(PushError, match=r"must be done in 0\.3 s"):
+        push_folder(folder, "user/run", token=TOKEN, timeout=0.3)
+    hub.over.set()
+    wait_until(lambda: not [each for each in threading.enumerate() if each.name == "hf_sai upload"])
+    assert hub.counts["preupload"] == 1
+    assert hub.counts["commit"] == 0
 
 
 @pytest.mark.parametrize("place", ["README.md", "training_args.bin", "runs/a/log.txt"])

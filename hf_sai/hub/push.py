@@ -117,7 +117,7 @@ class Push:
             `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed.
 
         Raises:
-            `PushError`: It failed, and `strict` is set.
+            `PushError`: It failed, and `strict` is set; `TokenInFileError` where a file holds a token.
         """
         try:
             revise = None if self.path_in_repo else card_for
@@ -166,6 +166,7 @@ def push_folder(
 
     Raises:
         `PushError`: It failed.
+        `TokenInFileError`: A file holds an access token; nothing was sent.
 
     Example:
 
