@@ -240,6 +240,8 @@ def test_a_broken_hub_costs_no_training(hub, tmp_path, caplog, monkeypatch, stag
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     command = command_in(caplog.text)
     assert command == ["push", str(tmp_path), repo, "--private"]
+    told = [line for line in caplog.text.splitlines() if "hf-sai push" in line]
+    assert [line for line in told if not line.endswith(" --private")] == []  # the pushes of checkpoints are so too
     assert CliRunner().invoke(app, [*command, "--strict"]).exit_code == 0
     assert {"adapter_model.safetensors", "README.md", "gsnr_report.json"} <= set(hub.repos[repo].tree())
     assert hub.repos[repo].private
