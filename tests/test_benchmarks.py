@@ -19,7 +19,8 @@ PNG = b"\x89PNG\r\n"
 
 @pytest.fixture
 def results(monkeypatch, tmp_path):
-    """The scripts' folder on the path, and folders of its own for what they write."""
+    """The scripts' folders on the path, and folders of its own for what they write."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import common
 
