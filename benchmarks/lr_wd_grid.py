@@ -1,14 +1,14 @@
 """
 Robustness: the paper's grid of learning rate and weight decay, on two small image classifiers.
 
-    python benchmarks/lr_wd_grid.py               # 2 models x 12 cells x 5 optimizers x 3 seeds, about 15 minutes
-    python benchmarks/lr_wd_grid.py --steps 1200  # four times as long
+    python benchmarks/lr_wd_grid.py    # 2 models x 12 cells x 5 optimizers x 3 seeds, about 15 minutes
+    python benchmarks/lr_wd_grid.py --models vit --optimizers sgd_sai adamw --decays 1e-3 --steps 1500 --seeds 1
 
 A ViT (2 layers, 32 wide) and a CNN with BatchNorm (3 convolutions), from random weights, on scikit-learn's digits:
 1,437 images to train on and 360 held out, of 8 x 8 pixels. Every optimizer gets the same rates and decays, and no
 tuning of anything else: 10% warm-up and cosine to 0, gradients clipped at 1 as the hosts' trainers do. The decay is
 decoupled in SGD-SaI, AdamW and SWAN, and part of the gradient in Adam and SGD. Writes
-`benchmarks/results/lr_wd_grid_<steps>.json`, `.md` and `.png`.
+`benchmarks/results/lr_wd_grid_<model>_<steps>.json`, `.md` and `.png`.
 """
 
 from __future__ import annotations
@@ -166,10 +166,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Peak and mean, and the mean of each learning rate."""
     rates = list(rows[0]["by_rate"])
-    header = ["model", "optimizer", "peak", "at lr, decay", "mean of the grid", *(f"lr {rate}" for rate in rates)]
+    header = ["optimizer", "peak", "at lr, decay", "mean of the grid", *(f"lr {rate}" for rate in rates)]
     cells_of = [
         [
-            MODELS[row["model"]][0],
             OPTIMIZERS[row["optimizer"]][0],
             f"{row['peak']:.1f}",
             ", ".join(f"{each:g}" for each in row["peak_at"]),
@@ -224,37 +223,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    grid = itertools.product(range(args.seeds), args.models, args.optimizers, args.rates, args.decays)
-    runs = [
-        finished(
-            "lr_wd_grid",
-            {"setting": [*place, args.steps]},
-            functools.partial(train, *place, args.steps),
-        )
-        for seed, model, optimizer, lr, decay in grid
-        for place in [(model, optimizer, lr, decay, seed)]
-    ]
+    for model in args.models:
+        grid = itertools.product(range(args.seeds), args.optimizers, args.rates, args.decays)
+        runs = [
+            finished(
+                "lr_wd_grid",
+                {"setting": [model, optimizer, lr, decay, seed, args.steps]},
+                functools.partial(train, model, optimizer, lr, decay, seed, args.steps),
+            )
+            for seed, optimizer, lr, decay in grid
+        ]
+        known = {"machine": machine("transformers", "scikit-learn"), "command": command(__file__, argv)}
+        write(model, runs, {**known, "setting": vars(args)}, args)
+
+
+def write(model: str, runs: Sequence[dict[str, Any]], known: dict[str, Any], args: argparse.Namespace) -> None:
+    """The result files of one model."""
     rows = summary(runs)
     epochs = args.steps * BATCH / len(digits()[1])
+    seeds = f"mean of {args.seeds} seeds" if args.seeds > 1 else "one seed"
+    decays = ", ".join(f"{decay:g}" for decay in args.decays)
     text = (
-        f"Held-out accuracy in percent on scikit-learn's digits after {args.steps} steps of {BATCH} images "
-        f"({epochs:.0f} epochs), mean of {args.seeds} seeds; "
-        f"grid of {len(args.rates)} learning rates and {len(args.decays)} decays."
+        f"{MODELS[model][0]}: held-out accuracy in percent on scikit-learn's digits after {args.steps} steps of "
+        f"{BATCH} images ({epochs:.0f} epochs), {seeds}; weight decay {decays}."
         f"\n\n{table(rows)}"
     )
     print(f"\n{text}")
-    name = f"lr_wd_grid_{args.steps}"
+    name = f"lr_wd_grid_{model}_{args.steps}"
     common.RESULTS.mkdir(exist_ok=True)
     plot(runs, common.RESULTS / f"{name}.png")
-    where = machine("transformers", "scikit-learn")
-    results = {
-        "machine": where,
-        "command": command(__file__, argv),
-        "setting": vars(args),
-        "summary": rows,
-        "runs": runs,
-    }
-    write_results(name, results, text)
+    write_results(name, {**known, "summary": rows, "runs": runs}, text)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def meta_model(source: str, dtype: torch.dtype = torch.float32, lora_rank: int |
 
     Raises:
         `OSError`: There is no such folder or repository.
-        `ValueError`: transformers has no model for the configuration.
+        `ValueError`: transformers has no model for the configuration, or PEFT is not installed.
     """
     import transformers
 
@@ -306,8 +306,10 @@ def meta_model(source: str, dtype: torch.dtype = torch.float32, lora_rank: int |
 
 
 def _with_adapter(model: nn.Module, rank: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError("adapters need peft but it is not installed; pip install peft") from None
     with torch.device("meta"):
         return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
 
