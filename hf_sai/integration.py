@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
+from .optim.adapters import adapter_pairs
 from .optim.registry import (
     OptimizerRecord,
     OptionError,
@@ -99,10 +100,11 @@ def optimizer_cls_and_kwargs(
         kwargs["weight_decay"] = weight_decay
     if model is not None:
         kwargs["params"] = param_groups(model, name, weight_decay or 0.0, target_modules=target_modules, **routing)
-    elif record.routed:
+    elif record.routed or routing:
         raise OptionError(
-            f"{name} is routed by the model's modules, but this route was given no model; pass model=, the one that "
-            "the trainer trains (with its adapter), or set optim= in the arguments instead"
+            f"{name}{' with lora_policy' * (not record.routed)} is routed by the model's modules, but this route was "
+            "given no model; pass model=, the one that the trainer trains (with its adapter), or set optim= in the "
+            "arguments instead"
         )
     return record.cls, kwargs
 
@@ -159,6 +161,7 @@ def param_groups(
     Named parameter groups of a model: with weight decay, and (biases and norms) without.
 
     SWAN's are split once more, into `kind="swan"` and `kind="adam"`, and hold each parameter's route and the reason.
+    SGD-SaI's are with `lora_policy="paired"`: LoRA's A and B stand in turn in groups with `paired=True`.
 
     Args:
         model (`torch.nn.Module`): Its trainable parameters are taken, each once.
@@ -168,31 +171,26 @@ def param_groups(
         target_modules (`str` or `list[str]`, *optional*): The modules that SWAN may whiten, as the host's
             `optim_target_modules` has it: a regular expression for the whole name, a list of names, parts of names or
             expressions, or `"all-linear"`. Defaults to all.
-        routing: SWAN's `lora_policy` and `split_qkv`; see [`hf_sai.optim.route_parameters`].
+        routing: SWAN's `lora_policy` and `split_qkv`, see [`hf_sai.optim.route_parameters`]; SGD-SaI's `lora_policy`,
+            see [`hf_sai.optim.adapters.adapter_pairs`].
 
     Returns:
         `list[dict]`: Groups whose `"params"` are `("name", tensor)` pairs. An empty one is left out.
 
     Raises:
-        `OptionError`: `target_modules` or a routing option for an optimizer that whitens nothing.
-        `ValueError`: Nothing is left for SWAN to whiten.
+        `OptionError`: `target_modules` or `split_qkv` for an optimizer that whitens nothing.
+        `ValueError`: Nothing is left for SWAN to whiten, or there is no pair.
     """
     record = get_record(optim)
     decays = set(decay_parameter_names(model) if decay_names is None else decay_names)
     if not record.routed:
+        lora_policy = routing.pop("lora_policy", "plain")
         given = [*routing, *(["target_modules"] if target_modules is not None else [])]
         if given:
             raise OptionError(
                 f"{', '.join(given)} can't be set for {optim}, which takes all tensors alike; leave it out"
             )
-        trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        return _without_empty(
-            {
-                "params": [pair for pair in trainable if (pair[0] in decays) == decay],
-                "weight_decay": weight_decay * decay,
-            }
-            for decay in (True, False)
-        )
+        return _sgd_sai_groups(model, weight_decay, decays, adapter_pairs(model, lora_policy))
     routes = route_parameters(model, _targets(target_modules), **routing)
     logger.info("%s: %s", optim, summary([(row.route, row.reason, row.param.numel()) for row in routes]))
     groups = []
@@ -208,6 +206,26 @@ def param_groups(
                     "reasons": [row.reason for row in rows],
                 }
             )
+    return _without_empty(groups)
+
+
+def _sgd_sai_groups(
+    model: nn.Module, weight_decay: float, decays: set[str], pairs: list[tuple[Tensor, Tensor]]
+) -> list[dict[str, Any]]:
+    """With and without decay; after them the pairs, likewise, A and B in turn."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    names: dict[Tensor, str] = {param: name for name, param in named}
+    in_pairs = {param for pair in pairs for param in pair}
+    groups: list[dict[str, Any]] = []
+    for paired in (False, True):
+        for decay in (True, False):
+            if paired:
+                chosen = [pair for pair in pairs if (names[pair[0]] in decays) == decay]
+                params = [(names[param], param) for pair in chosen for param in pair]
+            else:
+                params = [row for row in named if row[1] not in in_pairs and (row[0] in decays) == decay]
+            mark = {"paired": True} if paired else {}
+            groups.append({"params": params, "weight_decay": weight_decay * decay, **mark})
     return _without_empty(groups)
 
 

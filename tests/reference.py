@@ -88,6 +88,40 @@ class ReferenceSGDSaI:
         self.theta[i] = [t * decay - options["lr"] * scale * d for t, d in zip(self.theta[i], direction, strict=True)]
 
 
+class ReferencePair:
+    """
+    A of shape (r, in) and B of shape (out, r) on numpy float64 arrays: SGD-SaI on bounded gradients.
+
+    Args:
+        a (`array`): A.
+        b (`array`): B.
+        options (`dict`): lr, momentum, weight_decay, a_rate.
+    """
+
+    def __init__(self, a, b, options):
+        import numpy
+
+        self.factors = [numpy.array(a, dtype=float), numpy.array(b, dtype=float)]
+        self.options, self.norm = options, 0.0
+        self.scales, self.buffers = [0.0, 0.0], [None, None]
+
+    def step(self, gradients):
+        """One update from the gradients of both."""
+        norms = [math.sqrt((gradient**2).sum()) for gradient in gradients]
+        self.norm = self.norm or max(norms)
+        rates = [self.options["a_rate"], 1.0]
+        for i, gradient in enumerate(gradients):
+            if not self.scales[i] and norms[i]:
+                self.scales[i] = norms[i] / gradient.std(ddof=1)
+            direction = rates[i] * gradient / max(norms[i], self.norm)
+            mu = self.options["momentum"]
+            if self.scales[i] and mu:
+                old = self.buffers[i]
+                direction = self.buffers[i] = direction if old is None else mu * old + (1 - mu) * direction
+            decay = 1 - self.options["lr"] * self.options["weight_decay"]
+            self.factors[i] = self.factors[i] * decay - self.options["lr"] * self.scales[i] * direction
+
+
 def grad_norm(rows: list[list[float]]) -> list[list[float]]:
     """SWAN's GradNorm, one row at a time: centred, divided by the biased standard deviation; zeros without one."""
     result = []

@@ -279,6 +279,11 @@ class Replacement:
                 "optimizer gives none; leave gsnr out"
             )
         options, routing = split_routing(record, options)
+        if routing and not record.routed:
+            raise OptionError(
+                f"{', '.join(routing)} of {name} needs the model, but a script that builds its own optimizer gives "
+                "tensors only; leave it out, or build the optimizer with hf_sai.create_optimizer"
+            )
         record.cls([torch.nn.Parameter(torch.zeros(2, 2))], **options)
         return cls(record, options, routing, arguments)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
+from .adapters import PAIR_POLICIES, adapter_pairs
 from .gsnr import NORMALIZATIONS
 from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .routing import LORA_POLICIES, route_parameters
@@ -34,7 +35,7 @@ class Option:
         kind (`str`): What a value must be, as the error says it: `"a number"`, `"a whole number"`, `"true or false"`.
         parse (callable): Text or value to value; raises `ValueError` where it can't.
         help (`str`): One line for the command line.
-        routing (`bool`): Whether it is an argument of [`route_parameters`] and not of the constructor.
+        routing (`bool`): Whether it is an argument of [`hf_sai.param_groups`] and not of the constructor.
     """
 
     name: str
@@ -73,7 +74,8 @@ class OptimizerRecord:
     def default(self, name: str) -> Any:
         """The default of an option, or of another argument of the constructor."""
         routing = any(option.name == name and option.routing for option in self.options)
-        return inspect.signature(route_parameters if routing else self.cls).parameters[name].default
+        grouping = route_parameters if self.routed else adapter_pairs
+        return inspect.signature(grouping if routing else self.cls).parameters[name].default
 
 
 def _to_float(value: Any) -> float:
@@ -159,10 +161,11 @@ _SGD_SAI = OptimizerRecord(
         Option("state_dtype", "float32, bfloat16, float16 or none", _to_state_dtype, "of the momentum buffer"),
         Option("stochastic_rounding", "true or false", _to_bool, "of bf16 parameters"),
         Option("gsnr", "a report: file, folder or Hub repository", _to_source, "take scales, measure nothing"),
+        Option("lora_policy", " or ".join(PAIR_POLICIES), _one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
     ),
     paper="2412.11768",
     learning_rate_hint=(
-        "start at 1e-2 for full training and 1e-1 for LoRA with normalize=none; "
+        "start at 1e-2 for full training and 1e-1 for LoRA with normalize=none (5e-3 with lora_policy=paired); "
         "with normalize=max, multiply by the largest g-SNR in the report"
     ),
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .adapters import bounded, check_pairs, norm_of
 from .base import NamedOptimizer, check_writer
 from .gsnr import (
     NORMALIZATIONS,
@@ -24,7 +25,7 @@ from .gsnr import (
     gradient_moments,
     gradient_snr,
 )
-from .tensors import check_gradient, gradient_of, local
+from .tensors import check_gradient, gradient_of, is_sharded, local
 from .updates import Batch, Coefficients, update
 
 
@@ -64,6 +65,11 @@ class SGDSaI(NamedOptimizer):
     State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
     came nor on parameters that a sharding library replaces after construction. `state_dict()` holds plain values and
     tensors only.
+
+    In a group with `paired=True`, which `hf_sai.param_groups(model, "sgd_sai", lora_policy="paired")` makes, the
+    tensors are the factors A and B of LoRA in turn, and their gradients are bounded by the norm of each pair's first
+    one, which is kept as `pair_norm` (float), as `hf_sai/optim/adapters.py` says. A learning rate is there the RMS of
+    B's first step, and the most that a later one can have: AdamW's, not 1e-1. DTensors are refused in such a group.
 
     DTensors (FSDP2, tensor parallelism) are measured as whole tensors, with one collective in a step that measures,
     and updated shard by shard. Every rank has to call `step()`.
@@ -105,7 +111,7 @@ class SGDSaI(NamedOptimizer):
 
     Raises:
         `ValueError`: An option is out of its range, groups ask for different `normalize`, or `gsnr` does not fit.
-        `RuntimeError`: In `step()`, a gradient is sparse or a parameter is complex.
+        `RuntimeError`: In `step()`, a gradient is sparse, a parameter is complex, or a pair of factors is sharded.
 
     Example:
 
@@ -146,6 +152,8 @@ class SGDSaI(NamedOptimizer):
             "fused": fused,
             "state_dtype": _dtype_name(state_dtype),
             "stochastic_rounding": stochastic_rounding,
+            # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/adapters.py.
+            "paired": False,
             # Not options, but they decide updates and so live where state_dict() saves them. Equal in every group.
             "step": 0,
             "gsnr_max": 0.0,
@@ -177,6 +185,8 @@ class SGDSaI(NamedOptimizer):
             )
         shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
         shared["params"] = self._with_names(param_group["params"])
+        if merged["paired"]:
+            check_pairs([each[1] if isinstance(each, tuple) else each for each in shared["params"]])
         super().add_param_group({**param_group, "state_dtype": merged["state_dtype"], **shared})
 
     def _advance(self) -> None:
@@ -323,12 +333,14 @@ class SGDSaI(NamedOptimizer):
         """The state of a tensor before its first gradient, without the buffer."""
         given = self.param_groups[group_index].get("gsnr_given")
         gsnr, fallback = given[index] if given else (0.0, False)
+        paired = self.param_groups[group_index]["paired"]
         return {
             "gsnr": gsnr,
             "gsnr_step": 0,
             "gsnr_count": 0,
             "gsnr_fallback": fallback,
             "gsnr_given": gsnr > 0.0,
+            **({"pair_norm": 0.0} if paired else {}),
         }
 
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
@@ -397,6 +409,7 @@ class SGDSaI(NamedOptimizer):
     ) -> None:
         """Updates tensors of a group."""
         options = (group["maximize"], group["stochastic_rounding"])
+        paired = self._paired_gradients(group) if group["paired"] else {}
         # By what a tensor can need: an update without momentum, a buffer that starts, a buffer that goes on.
         plain, starting, moving = (Batch(weight, *options) for weight in (1.0, 1.0, 1.0 - group["momentum"]))
         for param in params:
@@ -413,11 +426,33 @@ class SGDSaI(NamedOptimizer):
                     batch = starting  # m_1 = g_1
                 batch.buffers.append(local(state["momentum_buffer"]))
             batch.params.append(local(param))
-            batch.grads.append(local(gradient_of(param)))
+            batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
             batch.coefficients.append(_coefficients(group, state, scale, starts=batch is starting))
         for batch in (plain, starting, moving):
             if batch.params:
                 update(batch, group["foreach"], group["fused"])
+
+    def _paired_gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
+        """The gradients of LoRA's factors, bounded by the norm of each pair's first, which is kept."""
+        found: dict[Tensor, Tensor] = {}
+        for pair in zip(group["params"][::2], group["params"][1::2], strict=True):
+            if any(is_sharded(param) for param in pair):
+                raise RuntimeError(
+                    "SGDSaI with lora_policy='paired' needs whole factors, but they are sharded; use DDP, keep the "
+                    "adapter out of FSDP's sharding, or leave lora_policy out"
+                )
+            states = [state for param in pair if (state := self.state.get(param))]  # none of a frozen factor
+            norm = max((state["pair_norm"] for state in states), default=0.0)
+            if not norm:
+                norm = max((norm_of(param.grad) for param in pair if param.grad is not None), default=0.0)
+            if not 0.0 < norm < math.inf:
+                continue  # zero, or not finite: nothing is known of the pair yet, and it is not moved
+            for state in states:
+                state["pair_norm"] = norm
+            for index, param in enumerate(pair):
+                if param.grad is not None:
+                    found[param] = bounded(param.grad, norm, is_a=index == 0)
+        return found
 
     def _count_step(self, moments: list[GradientMoments]) -> None:
         """
@@ -482,7 +517,8 @@ class SGDSaI(NamedOptimizer):
             bf16, gradient_moments([param.detach() for _, _, param, _ in bf16]), strict=True
         ):
             peak = float(self.param_groups[group].get("initial_lr", self.param_groups[group]["lr"]))
-            move = peak * self.state[param]["gsnr"] / normalizer * moment.norm
+            norm = 1.0 if self.param_groups[group]["paired"] else moment.norm
+            move = peak * self.state[param]["gsnr"] / normalizer * norm
             if 0.0 < move < BF16_RESOLUTION * values.norm:
                 stuck.append((move / values.norm, name))
         if stuck:

@@ -1,0 +1,272 @@
+"""LoRA's factors as pairs: by value, after a resume, layer by layer, through the hosts, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy
+import pytest
+import torch
+from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
+from reference import ReferencePair
+
+import hf_sai
+from hf_sai.cli.run import Replacement
+from hf_sai.optim import OptionError, SGDSaI, SGDSaILayerwise
+from hf_sai.optim.adapters import A_RATE, adapter_pairs
+
+
+def factors(a_shape=(3, 8), b_shape=(6, 3), dtype=torch.float64, start=0.0):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s).mul_(f).to(dtype)) for s, f in ((a_shape, 0.5), (b_shape, start))]
+
+
+def set_gradients(a, b, target):
+    """Of half the squared distance of the product to a target; returns that."""
+    for each in (a, b):
+        each.grad = None
+    distance = (b.flatten(1) @ a.flatten(1) - target).square().sum() / 2
+    distance.backward()
+    return distance.item()
+
+
+def paired(params, cls=SGDSaI, **options):
+    return cls([{"params": params, "paired": True}], **{"lr": 0.05, "weight_decay": 0.0, **options})
+
+
+def round_trip(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def batches(count, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 32, (4, 10), generator=generator) for _ in range(count)]
+
+
+def train(model, optimizer, data):
+    for tokens in data:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ---- By value ----
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("start", [0.0, 0.4], ids=["B is zero", "B is not"])
+@pytest.mark.parametrize(
+    ("a_shape", "b_shape"), [((3, 8), (6, 3)), ((2, 3, 3, 3), (5, 2, 1, 1))], ids=["linear", "convolution"]
+)
+def test_30_steps_equal_the_float64_reference(a_shape, b_shape, start, momentum):
+    a, b = factors(a_shape, b_shape, start=start)
+    options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1}
+    optimizer = paired([a, b], eps=0.0, **options)
+    flat = [each.detach().flatten(1).numpy().copy() for each in (a, b)]
+    reference = ReferencePair(*flat, {**options, "a_rate": 0.3})
+    target = 3 * torch.randn(b_shape[0], a[0].numel(), dtype=torch.float64)
+    for _ in range(30):
+        set_gradients(a, b, target)
+        reference.step([each.grad.flatten(1).numpy().copy() for each in (a, b)])
+        optimizer.step()
+        for each, expected in zip((a, b), reference.factors, strict=True):
+            numpy.testing.assert_allclose(each.detach().flatten(1).numpy(), expected, rtol=1e-6, atol=1e-9)
+    assert [optimizer.state[each]["pair_norm"] for each in (a, b)] == pytest.approx([reference.norm] * 2, rel=1e-12)
+
+
+def test_a_step_has_an_rms_of_at_most_the_learning_rate_however_large_the_gradient():
+    a, b = factors(start=0.4)
+    optimizer = paired([a, b], lr=0.01, momentum=0.0)
+    found = []
+    for size in (1e-6, 1.0, 1e6):
+        before = [each.detach().clone() for each in (a, b)]
+        for each in (a, b):
+            each.grad = size * torch.randn_like(each)
+            each.grad -= each.grad.mean()  # so that the g-SNR is the root of the size
+        optimizer.step()
+        found += [
+            (each.detach() - old).square().mean().sqrt().item() for each, old in zip((a, b), before, strict=True)
+        ]
+    largest = [0.01 * A_RATE, 0.01]
+    assert found[2:] == pytest.approx(largest * 2, rel=0.05)  # above the pair's first norm: sqrt(n - 1) for sqrt(n)
+    assert 0 < max(found[0] / largest[0], found[1] / largest[1]) <= 1.0
+
+
+def test_what_moves_is_not_changed_by_the_scale_of_the_loss():
+    ends = []
+    for scale in (1.0, 1e-4):
+        a, b = factors()
+        optimizer = paired([a, b], eps=0.0)
+        target = torch.ones(6, 8, dtype=torch.float64) + torch.eye(6, 8, dtype=torch.float64)
+        for _ in range(10):
+            set_gradients(a, b, target)
+            for each in (a, b):
+                each.grad *= scale
+            optimizer.step()
+        ends.append([each.detach().clone() for each in (a, b)])
+    for first, second in zip(*ends, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8)
+
+
+def test_other_groups_are_trained_as_without_pairs():
+    torch.manual_seed(1)
+    (a, b), plain = factors(), torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
+    alone = torch.nn.Parameter(plain.detach().clone())
+    both = SGDSaI([{"params": [plain]}, {"params": [a, b], "paired": True}], lr=0.05)
+    one = SGDSaI([alone], lr=0.05)
+    for _ in range(4):
+        set_gradients(a, b, torch.ones(6, 8, dtype=torch.float64) + torch.eye(6, 8, dtype=torch.float64))
+        plain.grad = torch.randn_like(plain)
+        alone.grad = plain.grad.clone()
+        both.step()
+        one.step()
+    assert torch.equal(plain, alone)
+
+
+def test_zero_and_bad_gradients_leave_a_pair_as_it_is():
+    a, b = factors()
+    optimizer = paired([a, b])
+    start = [each.detach().clone() for each in (a, b)]
+    for value in (0.0, float("nan")):
+        for each in (a, b):
+            each.grad = torch.full_like(each, value)
+        optimizer.step()
+    assert all(torch.equal(each, old) for each, old in zip((a, b), start, strict=True))
+    assert optimizer.state[a]["pair_norm"] == 0.0
+    set_gradients(a, b, torch.ones(6, 8, dtype=torch.float64) + torch.eye(6, 8, dtype=torch.float64))
+    optimizer.step()
+    assert not torch.equal(b, start[1])
+
+
+# ---- Resume and layer-wise ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_resumed_pairs_stay_bit_equal(dtype, steps):
+    a, b = factors(dtype=dtype)
+    optimizer = paired([a, b], lr=0.02)
+    target = torch.randn(6, 8).to(dtype)
+    for _ in range(steps):
+        set_gradients(a, b, target)
+        optimizer.step()
+    others = [torch.nn.Parameter(each.detach().clone()) for each in (a, b)]
+    resumed = paired(others, lr=0.02)
+    resumed.load_state_dict(round_trip(optimizer.state_dict()))
+    for _ in range(10):
+        for pair, each in (((a, b), optimizer), (others, resumed)):
+            set_gradients(*pair, target)
+            each.step()
+        assert all(torch.equal(first, second) for first, second in zip((a, b), others, strict=True))
+    assert optimizer.gsnr_statistics() == resumed.gsnr_statistics()
+
+
+def test_layerwise_equals_the_ordinary_path():
+    ends = []
+    for cls in (SGDSaI, SGDSaILayerwise):
+        model = tiny_lora()
+        optimizer = cls(hf_sai.param_groups(model, "sgd_sai", lora_policy="paired"), lr=0.02)
+        train(model, optimizer, batches(6))
+        ends.append((trainable(model), optimizer.gsnr_statistics()))
+    assert ends[0][1] == ends[1][1]
+    for name, value in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], value, rtol=1e-6, atol=1e-7)
+
+
+# ---- Groups and hosts ----
+
+
+def test_groups_of_pairs_alternate_and_hold_each_tensor_once():
+    model = tiny_lora(use_dora=True)
+    rest, pairs = hf_sai.param_groups(model, "sgd_sai", 0.1, lora_policy="paired")
+    names = [name for name, _ in pairs["params"]]
+    assert names[::2] == [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert names[1::2] == [name.replace("lora_A", "lora_B") for name in names[::2]]
+    assert pairs["paired"] is True
+    assert pairs["weight_decay"] == 0.1
+    assert {name.split(".")[-2] for name, _ in rest["params"]} == {"default"}
+    assert all("magnitude" in name for name, _ in rest["params"])
+    assert len(names) + len(rest["params"]) == len(trainable(model))
+
+
+def test_without_the_option_the_groups_are_what_they_were():
+    (group,) = hf_sai.param_groups(tiny_lora(), "sgd_sai", 0.1, lora_policy="plain")
+    assert set(group) == {"params", "weight_decay"}
+    train(model := tiny_lora(), optimizer := hf_sai.create_optimizer("sgd_sai", model), batches(1))
+    assert not any("pair_norm" in state for state in optimizer.state.values())
+
+
+def test_the_trainer_makes_the_pairs(tmp_path):
+    model = tiny_lora()
+    options = {"optim_args": "lora_policy=paired", "learning_rate": 0.005, "max_steps": 3}
+    trainer = hf_sai.SaITrainer(model, arguments(tmp_path, **options), train_dataset=token_blocks(12))
+    before = trainable(model)
+    trainer.train()
+    (group,) = hf_sai.integration.unwrap_optimizer(trainer.optimizer).param_groups
+    assert group["paired"] is True
+    assert len(group["params"]) == len(before)
+    assert all(not torch.equal(value, before[name]) for name, value in trainable(model).items())
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "message"),
+    [
+        (tiny_llama, "paired", "needs a layer with lora_A and lora_B that are both trained, but the model has none"),
+        (tiny_lora, "both", "lora_policy must be one of plain, paired but is 'both'; choose one"),
+    ],
+)
+def test_what_has_no_pairs_is_refused(model, policy, message):
+    with pytest.raises(ValueError, match=message):
+        adapter_pairs(model(), policy)
+
+
+def test_a_frozen_factor_makes_no_pair():
+    model = tiny_lora()
+    frozen = next(param for name, param in model.named_parameters() if "lora_A" in name)
+    everything = adapter_pairs(model, "paired")
+    frozen.requires_grad_(False)
+    assert [pair for pair in everything if pair[0] is not frozen] == adapter_pairs(model, "paired")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(3, 8)], "must alternate A of shape .* but holds 1 tensors"),
+        ([(6, 3), (3, 8)], r"but holds \(6, 3\) before \(3, 8\)"),
+        ([(3,), (6, 3)], r"but holds \(3,\) before \(6, 3\)"),
+    ],
+)
+def test_groups_that_are_no_pairs_are_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        paired([torch.nn.Parameter(torch.randn(shape)) for shape in shapes])
+
+
+def test_routes_that_know_no_modules_refuse_pairs():
+    with pytest.raises(OptionError, match="sgd_sai with lora_policy is routed by the model's modules, but"):
+        hf_sai.optimizer_cls_and_kwargs("sgd_sai", lr=0.005, lora_policy="paired")
+    with pytest.raises(OptionError, match="lora_policy of sgd_sai need the modules"):
+        hf_sai.create_optimizer("sgd_sai", tiny_lora().parameters(), lora_policy="paired")
+    with pytest.raises(OptionError, match="lora_policy of sgd_sai needs the model, but a script that builds its own"):
+        Replacement.of("sgd_sai", "lora_policy=paired", [])
+
+
+def test_sharded_factors_are_refused():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        layer = torch.nn.Sequential(torch.nn.Linear(8, 3, bias=False), torch.nn.Linear(3, 6, bias=False))
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = paired(list(layer.parameters()))
+        for param in layer.parameters():
+            param.grad = copy.deepcopy(param.detach())
+        with pytest.raises(RuntimeError, match="lora_policy='paired' needs whole factors, but they are sharded"):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()
