@@ -1,5 +1,6 @@
 """
-What happens to a first gradient that says nothing, in the released implementations of SGD-SaI and in this one.
+What happens to a first gradient that says nothing, in the released implementations of SGD-SaI and in this one; AdamW
+stands beside them for what is usual.
 
     python benchmarks/first_step.py          # a quarter of a minute
 
@@ -41,7 +42,7 @@ def implementations() -> dict[str, Make]:
         found["pytorch-optimizer"] = SGDSaI
     except ImportError:
         print("pytorch-optimizer is not installed: left out")
-    return found
+    return {**found, "AdamW": torch.optim.AdamW}
 
 
 def lora_factors_that_train(make: Make) -> str:
@@ -116,6 +117,8 @@ def resumed(make: Make) -> str:
 
 def without_momentum(make: Make) -> str:
     """`momentum=0`."""
+    if make is torch.optim.AdamW:
+        return "no such option"
     param = steps(make, [[1.0, 2.0, 4.0]], momentum=0.0)
     return "works" if param[0] != 0 else "does not train"
 
@@ -182,9 +185,9 @@ def main() -> None:
     found = implementations()
     outcomes = {title: {name: outcome(case, make) for name, make in found.items()} for title, case in CASES.items()}
     about = machine("sgd-sai", "pytorch-optimizer", "transformers", "peft")
-    names = {"hf_sai": "hf_sai", **{name: f"{name} {about['versions'][name]}" for name in found if name != "hf_sai"}}
+    names = [f"{name} {about['versions'][name]}" if "-" in name else name for name in found]
     rows = [[title, *(cells[name] for name in found)] for title, cells in outcomes.items()]
-    table = markdown_table(["case", *names.values()], rows)
+    table = markdown_table(["case", *names], rows)
     print(table)
     title = "What each implementation did with a first gradient that says nothing, or not yet."
     write_results("first_step", {"machine": about, "outcomes": outcomes}, f"{title}\n\n{table}")
