@@ -10,6 +10,8 @@ them; with `u` for the norm of the first gradient of a pair (B's, where B starts
 
     g <- g / max(||g||, u)       a step has an RMS of at most lr, and the first one of lr, in every layer
     g <- A_RATE * g, for A       the less A runs ahead of B, the larger the rate that can be borne (LoRA+ has it too)
+
+(RMS but for what g-SNR says beyond the root of the size.)
 """
 
 from __future__ import annotations
