@@ -9,31 +9,31 @@ loss is held-out, in nats per byte. "A frozen" is SGD-SaI as its published imple
 is `lora_policy="paired"`; LoRA+ is PEFT's, B at 16 times A's rate (the rate named is A's). SWAN's policies: B whitened
 and Adam for A, both whitened, and B with GradNorm over its few columns, the plain reading of the paper.
 
-Each run is written when it ends, and an interrupted benchmark goes on where it was, if setting and versions are the
-same. Writes `benchmarks/results/lora_finetuning.json`, `.md` and `.png`.
+An interrupted benchmark goes on where it was. Writes `benchmarks/results/lora_finetuning.json`, `.md` and `.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import functools
 import math
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from common import RESULTS, device_name, machine, markdown_table, write_results
+from common import command, device_name, finished, machine, markdown_table, write_results
 from lm_pretraining import data, llama, make_optimizer, schedule
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import set_seed
 
 import hf_sai
+from hf_sai.optim.adapters import A_RATE
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -58,6 +58,22 @@ def frozen_a(model: Any, lr: float) -> Any:
     return hf_sai.create_optimizer("sgd_sai", model, lr=lr, weight_decay=0.0)
 
 
+class EqualRates(hf_sai.SGDSaI):
+    """Pairs whose A has B's learning rate."""
+
+    def _paired_gradients(self, group: dict[str, Any]) -> dict[torch.Tensor, torch.Tensor]:
+        found = super()._paired_gradients(group)
+        for a in group["params"][::2]:
+            if a in found:
+                found[a] = found[a] / A_RATE
+        return found
+
+
+def equal_rates(model: Any, lr: float) -> Any:
+    """SGD-SaI on pairs without the slower A."""
+    return EqualRates(hf_sai.param_groups(model, "sgd_sai", lora_policy="paired"), lr=lr, weight_decay=0.0)
+
+
 def plain_rows(model: Any, lr: float) -> Any:
     """SWAN on B, whose rows are taken as stored: outputs, with as many columns as the rank."""
     groups = hf_sai.param_groups(model, "swan", lora_policy="b_only")
@@ -74,6 +90,7 @@ def ours(name: str, **options: Any) -> Callable[[Any, float], Any]:
 METHODS: dict[str, tuple[Callable[[Any, float], Any], tuple[float, ...]]] = {
     "AdamW": (ours("adamw"), (1e-3, 3e-3, 1e-2, 3e-2)),
     "SGD-SaI, paired": (ours("sgd_sai", lora_policy="paired"), (1e-3, 3e-3, 1e-2, 3e-2)),
+    "SGD-SaI, paired, A at B's rate": (equal_rates, (1e-3, 3e-3, 1e-2, 3e-2)),
     "SGD-SaI": (ours("sgd_sai"), (1e-2, 3e-2, 1e-1, 3e-1)),
     "SGD-SaI, A frozen (as published)": (frozen_a, (3e-2, 1e-1, 3e-1, 1.0)),
     "LoRA+": (lora_plus, (1e-4, 3e-4, 1e-3, 3e-3)),
@@ -129,14 +146,15 @@ def held_out(model: Any, text: torch.Tensor) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def base_model(steps: int, keep: Path) -> Any:
+def base_model(steps: int) -> Any:
     """Trained on code; kept for a benchmark that is interrupted."""
     model = llama(128, 4, seed=0)
-    file = keep / f"hf_sai_lora_base_{steps}_{device_name()}_torch{torch.__version__}.pt"
+    file = common.RUNS / f"{NAME}_base_{steps}_{device_name()}_torch{torch.__version__}.pt"
     if file.is_file():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model
     train(model, make_optimizer("adamw", model, 1e-3), data()[0], steps, 0, BASE_BLOCKS)
+    common.RUNS.mkdir(exist_ok=True)
     torch.save(model.state_dict(), file)
     return model
 
@@ -150,50 +168,12 @@ def adapt(base: Any, method: str, rank: int, lr: float, seed: int, steps: int, t
     return held_out(model, texts[1])
 
 
-class Runs:
-    """Finished runs, by rank, method, learning rate and seed; kept in the result file as they end."""
-
-    def __init__(self, known: dict[str, Any]) -> None:
-        """`known`: machine and setting; runs of another setting or of other versions are not taken over."""
-        self.known, self.losses = known, {}
-        file = RESULTS / f"{NAME}.json"
-        if file.is_file():
-            found = json.loads(file.read_text())
-            same = found.get("setting") == known["setting"]
-            if same and found["machine"]["versions"] == known["machine"]["versions"]:
-                self.losses = {key: math.inf if loss is None else loss for key, loss in found["runs"].items()}
-
-    def get(self, rank: int, method: str, lr: float, seed: int) -> float | None:
-        """The loss of a run that ended."""
-        return self.losses.get(f"r={rank}; {method}; lr {lr:g}; seed {seed}")
-
-    def loss(self, rank: int, method: str, lr: float, seed: int, run: Callable[..., float]) -> float:
-        """Runs it where it was not yet."""
-        found = self.get(rank, method, lr, seed)
-        if found is None:
-            found = run(method, rank, lr, seed)
-            self.losses[f"r={rank}; {method}; lr {lr:g}; seed {seed}"] = found
-            print(f"  r={rank} {method:<34} lr {lr:<6g} seed {seed}: {found:.4f}", flush=True)
-            self.write()
-        return found
-
-    def write(self) -> None:
-        """Infinity is no JSON, so a run that ended in no number is null."""
-        runs = {key: loss if math.isfinite(loss) else None for key, loss in self.losses.items()}
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{NAME}.json").write_text(json.dumps({**self.known, "runs": runs}, indent=1) + "\n")
-
-    def rank(self, rank: int, seeds: int) -> dict[str, dict[str, Any]]:
-        """Of each method that has all its learning rates: the best, its losses over the seeds, and the trials."""
-        found = {}
-        for method, (_, rates) in METHODS.items():
-            trials = {lr: self.get(rank, method, lr, 0) for lr in rates}
-            if None in trials.values():
-                continue
-            best = min(trials, key=lambda lr: trials[lr])
-            losses = [loss for seed in range(seeds) if (loss := self.get(rank, method, best, seed)) is not None]
-            found[method] = {"lr": best, "losses": losses, "trials": trials}
-        return dict(sorted(found.items(), key=lambda item: statistics.mean(item[1]["losses"])))
+def tuned(rates: Sequence[float], seeds: int, run: Callable[[float, int], float]) -> dict[str, Any]:
+    """The best of the rates on seed 0, its losses over the seeds, and the trials."""
+    trials = {lr: run(lr, 0) for lr in rates}
+    best = min(trials, key=lambda lr: trials[lr])
+    losses = [trials[best], *(run(best, seed) for seed in range(1, seeds))]
+    return {"lr": best, "losses": losses, "trials": {f"{lr:g}": loss for lr, loss in trials.items()}}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -203,17 +183,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             method,
             f"{result['lr']:g}",
             f"{statistics.mean(result['losses']):.3f}",
-            f"{min(result['losses']):.3f} to {max(result['losses']):.3f} ({len(result['losses'])})",
-            ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["trials"].items()),
+            f"{min(result['losses']):.3f} to {max(result['losses']):.3f}",
+            ", ".join(f"{lr}: {loss:.3f}" for lr, loss in result["trials"].items()),
         ]
-        for method, result in results.items()
+        for method, result in sorted(results.items(), key=lambda item: statistics.mean(item[1]["losses"]))
     ]
     header = ["optimizer", "learning rate", "held-out loss", "over the seeds", "by learning rate, seed 0"]
     return markdown_table(header, rows)
 
 
 def plot(by_rank: dict[int, dict[str, dict[str, Any]]], before: float, path: Path) -> None:
-    """Loss against learning rate as a multiple of each method's best, for each rank."""
+    """Loss against learning rate, for each rank."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), dpi=110, layout="constrained")
@@ -223,7 +203,7 @@ def plot(by_rank: dict[int, dict[str, dict[str, Any]]], before: float, path: Pat
     for axes, (rank, results) in zip(panels, by_rank.items(), strict=True):
         for method, result in results.items():
             rates, losses = zip(*result["trials"].items(), strict=True)
-            axes.plot(rates, losses, marker="o", ms=4, label=method, color=colors[method])
+            axes.plot([float(rate) for rate in rates], losses, marker="o", ms=4, label=method, color=colors[method])
         axes.axhline(before, color="#888888", lw=1, ls="--")
         axes.annotate("before", (0.01, before), xycoords=("axes fraction", "data"), color="#555555", va="bottom")
         axes.set_xscale("log")
@@ -237,7 +217,7 @@ def plot(by_rank: dict[int, dict[str, dict[str, Any]]], before: float, path: Pat
     figure.savefig(path, metadata={"Software": None})
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, prints, writes the result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, nargs="+", default=[4, 16])
@@ -246,40 +226,36 @@ def main() -> None:
     parser.add_argument("--base_steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()), help="where the base model is kept")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    base = base_model(args.base_steps, args.keep)
-    texts = documentation()
+    base, texts = base_model(args.base_steps), documentation()
     before = held_out(base, texts[1])
-    setting = {name: getattr(args, name) for name in ("steps", "base_steps", "seeds")}
-    setting |= {"adapter_blocks": list(ADAPTER_BLOCKS), "held_out_batches": HELD_OUT_BATCHES}
-    command = "python benchmarks/lora_finetuning.py"
-    known = {"machine": machine("transformers", "peft"), "command": command, "setting": setting, "before": before}
-    runs = Runs(known)
+    fixed = {"steps": args.steps, "base_steps": args.base_steps, "blocks": [*ADAPTER_BLOCKS, HELD_OUT_BATCHES]}
 
     def run(method: str, rank: int, lr: float, seed: int) -> float:
-        return adapt(base, method, rank, lr, seed, args.steps, texts)
+        setting = {"method": method, "rank": rank, "lr": lr, "seed": seed, **fixed}
+        loss = finished(NAME, setting, lambda: adapt(base, method, rank, lr, seed, args.steps, texts))
+        print(f"  r={rank} {method:<34} lr {lr:<6g} seed {seed}: {loss:.4f}", flush=True)
+        return float(loss)
 
-    for method in args.methods:
-        for rank in args.rank:
-            trials = {lr: runs.loss(rank, method, lr, 0, run) for lr in METHODS[method][1]}
-            best = min(trials, key=lambda lr: trials[lr])
-            for seed in range(1, args.seeds):
-                runs.loss(rank, method, best, seed, run)
-    by_rank = {rank: found for rank in (4, 16) if (found := runs.rank(rank, args.seeds))}
-    plot(by_rank, before, RESULTS / f"{NAME}.png")
+    by_rank: dict[int, dict[str, dict[str, Any]]] = {
+        rank: {
+            method: tuned(METHODS[method][1], args.seeds, functools.partial(run, method, rank))
+            for method in args.methods
+        }
+        for rank in args.rank
+    }
+    common.RESULTS.mkdir(exist_ok=True)
+    plot(by_rank, before, common.RESULTS / f"{NAME}.png")
     text = (
         f"LoRA on a byte-level LLaMA (4 layers, 128 wide, {args.base_steps} steps on code; all linear layers, alpha = "
         f"2 r), {args.steps} steps of {ADAPTER_BLOCKS[0]} x {ADAPTER_BLOCKS[1]} bytes of documentation; {before:.3f} "
-        f"before; the best of four learning rates on seed 0, then mean of seeds (their number in brackets); "
-        f"`{command}`."
+        f"before; the best of four learning rates on seed 0, then the mean of {args.seeds} seeds."
     )
-    text += "".join(f"\n\n## r = {rank}\n\n{table(results)}" for rank, results in by_rank.items())
+    text += "".join(f"\n\nr = {rank}:\n\n{table(results)}" for rank, results in by_rank.items())
     print(f"\n{text}")
-    runs.write()
-    kept = json.loads((RESULTS / f"{NAME}.json").read_text())
-    write_results(NAME, kept, text)
+    about = {"machine": machine("transformers", "peft"), "command": command(__file__, argv), "setting": vars(args)}
+    write_results(NAME, {**about, "before": before, "ranks": by_rank}, text)
 
 
 if __name__ == "__main__":

@@ -315,11 +315,14 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")
     logger.info("optim=%s: %s", record.name, shown)
     own_groups = settings_of_own_groups(args)
-    if record.routed and (own_groups or context.model is None):
+    grouped = record.routed or routing.get("lora_policy") == "paired"
+    if grouped and (own_groups or context.model is None):
         reason = f"the trainer's {own_groups[0]} makes" if own_groups else "the trainer gives no model and makes"
         raise OptionError(
             f"optim={record.name!r} is routed by the model's modules, but {reason} groups without them; leave out "
             "learning rates for parts of the model (embedding_learning_rate in Unsloth), or use optim='sgd_sai'"
+            + " without lora_policy"
+            * (not record.routed)
         )
     if context.model is not None and not own_groups:
         if record.routed:

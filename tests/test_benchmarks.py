@@ -313,3 +313,34 @@ def test_committed_table_of_the_recipes_follows_from_the_runs(results, path):
     import sgd_sai_recipes
 
     assert sgd_sai_recipes.table(json.loads(path.read_text())["runs"]) in path.with_suffix(".md").read_text()
+
+
+def test_lora_is_tuned_alike_and_goes_on_where_it_was(results, monkeypatch):
+    import lora_finetuning
+
+    paired, frozen = "SGD-SaI, paired", "SGD-SaI, A frozen (as published)"
+    for name, value in (("HELD_OUT_BATCHES", 1), ("BASE_BLOCKS", (2, 32)), ("ADAPTER_BLOCKS", (2, 32))):
+        monkeypatch.setattr(lora_finetuning, name, value)
+    monkeypatch.setattr(
+        lora_finetuning,
+        "METHODS",
+        {method: (lora_finetuning.METHODS[method][0], (1e-3, 1e-1)) for method in (paired, frozen)},
+    )
+    choice = ["--methods", paired, frozen, "--rank", "4", "--steps", "2", "--base_steps", "1", "--seeds", "2"]
+    lora_finetuning.main(choice)
+    written, markdown = read(results, "lora_finetuning")
+    assert (results / "lora_finetuning.png").read_bytes().startswith(PNG)
+    for method in (paired, frozen):
+        result = written["ranks"]["4"][method]
+        best = min(result["trials"], key=result["trials"].get)
+        assert float(best) == result["lr"]
+        assert result["losses"][0] == result["trials"][best]
+        assert len(set(result["losses"])) == 2
+        assert cells(markdown, method)[1:3] == [best, f"{statistics.mean(result['losses']):.3f}"]
+
+    def fail(*place):
+        raise AssertionError(f"{place} was trained again")
+
+    monkeypatch.setattr(lora_finetuning, "train", fail)
+    lora_finetuning.main(choice)
+    assert read(results, "lora_finetuning")[0]["ranks"] == written["ranks"]

@@ -255,11 +255,12 @@ def test_axolotl_takes_class_and_arguments_too(tmp_path, optim):
         (LikeAxolotl, {"embedding_lr": 0.02}, "the trainer's embedding_lr makes"),
     ],
 )
-def test_swan_in_groups_that_know_no_modules_is_refused(tmp_path, cls, changed, reason):
-    """It would whiten embeddings, and drop what optim_args say of routes."""
-    message = f"optim='swan' is routed by the model's modules, but {reason} groups without them; leave out"
+@pytest.mark.parametrize(("optim", "options"), [("swan", {}), ("sgd_sai", {"optim_args": "lora_policy=paired"})])
+def test_groups_that_know_no_modules_are_refused_where_they_matter(tmp_path, cls, changed, reason, optim, options):
+    """SWAN would whiten embeddings, and what optim_args say of routes and pairs would be dropped."""
+    message = f"optim='{optim}' is routed by the model's modules, but {reason} groups without them; leave out"
     with pytest.raises(OptionError, match=message):
-        run(tmp_path, cls, "swan", callback="added", **changed)
+        run(tmp_path, cls, optim, callback="added", **options, **changed)
 
 
 @pytest.mark.parametrize(("given", "warnings"), [({}, 1), ({"learning_rate": 0.05}, 0)])

@@ -3,13 +3,15 @@ The two factors of a LoRA adapter, as SGD-SaI trains them under `lora_policy="pa
 
 An adapter adds `s B A` to a weight whose gradient is `G`, so that the factors have the gradients `s G A^T` and
 `s B^T G`: each is proportional to the other factor, while g-SNR has no unit and is measured once, for A when B had
-just left zero. So nothing tells SGD-SaI how large a step is. The first gradients of the B of one model differ by some
-30 times, one or two layers overshoot first, and then each factor's step grows with the other one, without end. Two
-things are done about it, to the gradients, before SGD-SaI sees them; with `u` for the norm of the first gradient of a
-pair (B's, where B starts at zero):
+just left zero. So nothing tells SGD-SaI how large a step is: the first gradients of the B of one model differ by 8
+times and more, the layers with the largest overshoot first, and from then on each factor's step grows with the other
+one, without end (`benchmarks/lora_steps.py`). Two things are done about it, to the gradients, before SGD-SaI sees
+them; with `u` for the norm of the first gradient of a pair (B's, where B starts at zero):
 
     g <- g / max(||g||, u)       a step has an RMS of at most lr, and the first one of lr, in every layer
     g <- A_RATE * g, for A       the less A runs ahead of B, the larger the rate that can be borne (LoRA+ has it too)
+
+(RMS but for what g-SNR says beyond the root of the size.)
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from torch import Tensor, nn
 
 PairPolicy = Literal["plain", "paired"]
 PAIR_POLICIES = ("plain", "paired")
-# A's learning rate as a multiple of B's. On the benchmark's model at r = 4, seed 0: with 1 a rate of 0.02 diverges,
-# with 0.3 it does not, and the loss at 0.01 is lower; with 0.1 that is a little higher again (docs/lora.md).
+# A's learning rate as a multiple of B's. 0.1, 0.3 and 1 were tried on seed 0 at r = 4; docs/lora.md has 0.3 beside 1.
 A_RATE = 0.3
 
 

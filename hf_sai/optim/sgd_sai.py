@@ -69,7 +69,8 @@ class SGDSaI(NamedOptimizer):
     In a group with `paired=True`, which `hf_sai.param_groups(model, "sgd_sai", lora_policy="paired")` makes, the
     tensors are the factors A and B of LoRA in turn, and their gradients are bounded by the norm of each pair's first
     one, which is kept as `pair_norm` (float), as `hf_sai/optim/adapters.py` says. A learning rate is there the RMS of
-    B's first step, and the most that a later one can have: AdamW's, not 1e-1. DTensors are refused in such a group.
+    B's first step, and the most that a later one can have (but for what g-SNR says beyond `sqrt(n)`): near AdamW's,
+    not 1e-1. DTensors are refused in such a group.
 
     DTensors (FSDP2, tensor parallelism) are measured as whole tensors, with one collective in a step that measures,
     and updated shard by shard. Every rank has to call `step()`.
