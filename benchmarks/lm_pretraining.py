@@ -41,7 +41,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
     "swan": (3e-4, 1e-3, 3e-3, 1e-2),
     "sgd_sai": (1e-3, 3e-3, 1e-2, 3e-2),
-    "muon": (1e-3, 3e-3, 1e-2, 3e-2),
+    "muon": (3e-3, 1e-2, 3e-2, 1e-1),
     "sgd": (1e-2, 3e-2, 1e-1, 3e-1),
 }
 NAMES = {"llama": "LLaMA", "gpt2": "GPT-2"}
