@@ -61,7 +61,7 @@ CASES = {
     "controlnet/train_controlnet.py": _of("sd", CONDITIONS),
     "controlnet/train_controlnet_sdxl.py": _of("sdxl", CONDITIONS),
     "controlnet/train_controlnet_sd3.py": _of("sd3_deep", CONDITIONS),
-    "controlnet/train_controlnet_flux.py": _of("flux", CONDITIONS),
+    "controlnet/train_controlnet_flux.py": _of("flux", FLUX_CONTROL),
     "textual_inversion/textual_inversion.py": _of(
         "sd", "--train_data_dir={data}/plain --placeholder_token=<thing> --initializer_token=the"
     ),

@@ -270,10 +270,18 @@ def test_a_launcher_that_splits_tensors_is_an_error_before_the_script_starts(mon
         Replacement.of("sgd_sai", None, [])
 
 
-def test_swan_with_nothing_to_whiten_is_an_error():
-    encoder = nn.Embedding(4, 3)
-    with Replacement.of("swan", None, []).installed(), pytest.raises(ValueError, match="at least one matrix"):
-        torch.optim.AdamW(encoder.parameters())
+def test_swan_with_nothing_to_whiten_says_so_and_is_adam(caplog):
+    ours, theirs = nn.Embedding(4, 3), nn.Embedding(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    gradients = [torch.randn(4, 3) for _ in range(2)]
+    with Replacement.of("swan", "adam_lr_ratio=1", []).installed():
+        swan = torch.optim.AdamW(ours.parameters(), lr=3e-3, weight_decay=0.1)
+    for optimizer, embedding in ((swan, ours), (ADAMW(theirs.parameters(), lr=3e-3, weight_decay=0.1), theirs)):
+        for gradient in gradients:
+            embedding.weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    assert "swan whitens nothing here: all tensors of the script's optimizer go to Adam." in caplog.text
 
 
 def test_swan_knows_a_lone_embedding_beside_a_model_and_says_what_it_can_not_find(caplog):
