@@ -26,7 +26,7 @@ from accelerate.utils import set_seed
 from datasets import load_dataset
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import make_image_grid
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -35,6 +35,7 @@ from transformers import HfArgumentParser
 
 import hf_sai
 from hf_sai.hub.card import update_card
+from hf_sai.hub.push import push_folder
 from trainer_patches import parse_optim_args
 
 
@@ -181,14 +182,6 @@ def save(pipeline: StableDiffusionPipeline, unet: Any, optimizer: Any, drawn: li
     return report
 
 
-def push(args: Arguments) -> str:
-    """The folder without its checkpoints, in one commit; returns where it is."""
-    api = HfApi()
-    repo = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=["checkpoint-*/**"])
-    return commit.commit_url
-
-
 def resume_step(args: Arguments, accelerator: Accelerator) -> int:
     """Loads a checkpoint where one is asked for, and says after which step it was written."""
     if args.resume_from_checkpoint is None:
@@ -241,7 +234,8 @@ def train(args: Arguments) -> list[float]:
         report = save(pipeline, unet, optimizer.optimizer, drawn, args)
         print(f"\n{report.to_text()}\n\nAdapter, report, images and card are in {args.output_dir}.")
         if args.push_to_hub:
-            print(f"Pushed: {push(args)}")
+            name = args.hub_model_id or Path(args.output_dir).name
+            print(f"Pushed: {push_folder(args.output_dir, name).commit_url}")
     accelerator.end_training()
     return losses
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hub_server import connected, loopback_hub
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -71,13 +72,20 @@ def test_offline_its_loss_falls_and_it_leaves_images_and_a_card(tmp_path, monkey
     import train_text_to_image_lora as module
 
     monkeypatch.chdir(tmp_path)
-    command = "x --max_train_steps 12 --pretrain_steps 30 --validation_images 2 --validation_steps 2"
+    command = "x --max_train_steps 12 --pretrain_steps 30 --validation_images 2 --validation_steps 2 "
+    command += "--push_to_hub --hub_model_id user/example"
     monkeypatch.setattr(sys, "argv", command.split())
     losses = []
     train = module.train
     monkeypatch.setattr(module, "train", lambda args: losses.extend(train(args)))
     monkeypatch.setattr(module, "loss_at", fixed(module.loss_at))
-    module.main()
+    monkeypatch.setenv("HF_TOKEN", "hf_given")
+    with loopback_hub() as hub, connected(hub, monkeypatch):
+        module.main()
+    pushed = set(hub.repos["user/example"].tree())
+    adapter = "pytorch_lora_weights.safetensors"
+    expected = {"README.md", "gsnr_report.json", "gsnr_report.png", "validation.png", adapter}
+    assert pushed - {".gitattributes"} == expected
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.01
     folder = tmp_path / "demo_output" / "text_to_image_lora"
