@@ -172,6 +172,7 @@ def table(results, commit):
         "",
         f"Options: {options}; the scripts' own stand in `tests/diffusers_scripts.py`. To run them again:",
         "",
+        "<!-- not run: it needs a checkout of diffusers -->",
         "```bash",
         "pip install --no-deps --target tv torchvision==0.16.2  # one that loads beside a torch for CPUs",
         "PYTHONPATH=tv python tests/diffusers_scripts.py --examples diffusers/examples docs/diffusers-scripts.md",

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_sai import GSNRReport
+
 
 HF_SAI = [sys.executable, "-c", "import sys; from hf_sai.cli import app; sys.exit(app(prog_name='hf-sai'))"]
 LIKE_DIFFUSERS = str(Path(__file__).parent / "fixtures" / "script_like_diffusers.py")
