@@ -25,8 +25,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -35,7 +35,13 @@ from transformers import HfArgumentParser
 
 import hf_sai
 from hf_sai.hub.card import update_card
+from hf_sai.hub.push import push_folder
 from trainer_patches import parse_optim_args
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+CONVOLUTIONS = ["conv_in", "conv1", "conv2", "proj_in", "proj_out", "conv_out"]
+TARGETS = [*ATTENTION, *CONVOLUTIONS]  # for a large model attention alone is usual, and enough
 
 
 @dataclass
@@ -55,8 +61,8 @@ class Arguments:
     resolution: int = field(default=32, metadata={"help": "Images are resized to so many pixels, square."})
     optim: str = field(default="sgd_sai", metadata={"help": "Name of an optimizer; `hf-sai list` shows them."})
     optim_args: str | None = field(default=None, metadata={"help": "Its options: name=value,name=value."})
-    learning_rate: float = field(default=0.1, metadata={"help": "For SWAN start at 3e-4."})
-    lora_r: int = field(default=4, metadata={"help": "Rank of the adapter, which is on the attention layers."})
+    learning_rate: float = field(default=0.3, metadata={"help": "For a large model start at 0.1, for SWAN at 3e-4."})
+    lora_r: int = field(default=4, metadata={"help": "Rank of the adapter."})
     train_batch_size: int = field(default=4, metadata={"help": "Images per step and process."})
     max_train_steps: int = field(default=60, metadata={"help": "Optimizer steps."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
@@ -154,8 +160,8 @@ def draw(pipeline: StableDiffusionPipeline, rows: Any, args: Arguments) -> list[
 def save(pipeline: StableDiffusionPipeline, unet: Any, optimizer: Any, drawn: list[Any], args: Arguments) -> Any:
     """Adapter, report with its picture, validation images and model card, in one folder that can be pushed."""
     folder = Path(args.output_dir)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    pipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    # In PEFT's names: those of diffusers lose the attention layers where an adapter has others too.
+    pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
     report = hf_sai.GSNRReport.from_optimizer(optimizer, {"effective_batch_size": args.train_batch_size})
     report.save(folder)
     if drawn:
@@ -174,14 +180,6 @@ def save(pipeline: StableDiffusionPipeline, unet: Any, optimizer: Any, drawn: li
     ModelCard(card).save(folder / "README.md")
     update_card(folder / "README.md", report)
     return report
-
-
-def push(args: Arguments) -> str:
-    """The folder without its checkpoints, in one commit; returns where it is."""
-    api = HfApi()
-    repo = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=["checkpoint-*/**"])
-    return commit.commit_url
 
 
 def resume_step(args: Arguments, accelerator: Accelerator) -> int:
@@ -209,8 +207,7 @@ def train(args: Arguments) -> list[float]:
     for part in (pipeline.vae, pipeline.text_encoder, unet):
         part.requires_grad_(False)
     set_seed(args.seed)  # the adapter's first weights are random
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=args.lora_r, target_modules=targets))
+    unet.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=args.lora_r, target_modules=TARGETS))
     options = parse_optim_args(args.optim_args)
     optimizer = hf_sai.create_optimizer(args.optim, unet, lr=args.learning_rate, weight_decay=0.0, **options)
     wrapped, optimizer = accelerator.prepare(unet, optimizer)
@@ -237,7 +234,8 @@ def train(args: Arguments) -> list[float]:
         report = save(pipeline, unet, optimizer.optimizer, drawn, args)
         print(f"\n{report.to_text()}\n\nAdapter, report, images and card are in {args.output_dir}.")
         if args.push_to_hub:
-            print(f"Pushed: {push(args)}")
+            name = args.hub_model_id or Path(args.output_dir).name
+            print(f"Pushed: {push_folder(args.output_dir, name).commit_url}")
     accelerator.end_training()
     return losses
 

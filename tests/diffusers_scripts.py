@@ -61,7 +61,7 @@ CASES = {
     "controlnet/train_controlnet.py": _of("sd", CONDITIONS),
     "controlnet/train_controlnet_sdxl.py": _of("sdxl", CONDITIONS),
     "controlnet/train_controlnet_sd3.py": _of("sd3_deep", CONDITIONS),
-    "controlnet/train_controlnet_flux.py": _of("flux", CONDITIONS),
+    "controlnet/train_controlnet_flux.py": _of("flux", FLUX_CONTROL),
     "textual_inversion/textual_inversion.py": _of(
         "sd", "--train_data_dir={data}/plain --placeholder_token=<thing> --initializer_token=the"
     ),
@@ -172,6 +172,7 @@ def table(results, commit):
         "",
         f"Options: {options}; the scripts' own stand in `tests/diffusers_scripts.py`. To run them again:",
         "",
+        "<!-- not run: it needs a checkout of diffusers -->",
         "```bash",
         "pip install --no-deps --target tv torchvision==0.16.2  # one that loads beside a torch for CPUs",
         "PYTHONPATH=tv python tests/diffusers_scripts.py --examples diffusers/examples docs/diffusers-scripts.md",

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_sai import GSNRReport
+
 
 HF_SAI = [sys.executable, "-c", "import sys; from hf_sai.cli import app; sys.exit(app(prog_name='hf-sai'))"]
 LIKE_DIFFUSERS = str(Path(__file__).parent / "fixtures" / "script_like_diffusers.py")
@@ -162,6 +164,10 @@ def test_two_processes_through_torchrun_end_with_the_same_weights(tmp_path):
     script = ["--output", str(tmp_path), "--params", "groups", "--learning_rate", "0.1"]
     done = call([*launcher, *own, *script], tmp_path, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     assert_ended(done)
+    assert done.stderr.count("hf-sai: SGDSaI ran, 4 steps; report in ") == 1  # the first process alone
+    report = GSNRReport.load(tmp_path)
+    assert (report.run, len(report.tensors)) == ({"measurements": 13, "world_size": 2}, 13)
+    assert (tmp_path / "gsnr_report.png").is_file()
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert [group["momentum"] for group in one["state"]["param_groups"]] == [0.5, 0.5]
     for part in ("unet", "text_encoder"):

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import files_below
+from hub_server import connected, loopback_hub
 from torch import nn
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, create_optimizer
@@ -138,6 +138,7 @@ def test_options_that_are_typed_go_before_the_scripts(run_script):
     ("flags", "steps", "remedy"),
     [
         (["--use_8bit_adam"], "bitsandbytes.optim.AdamW8bit", "remove --use_8bit_adam from the script's options"),
+        (["--optimizer", "prodigy"], "prodigyopt.prodigy.Prodigy", "remove --optimizer from the script's options"),
         (["--optimizer=adam"], "torch.optim.adam.Adam", "remove --optimizer from the script's options"),
     ],
 )
@@ -164,13 +165,12 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(run_script, tmp_path):
 
 
 def test_report_and_card_ride_along_with_checkpoints_and_the_scripts_own_push(run_script, tmp_path, monkeypatch):
-    pushed = {}
-
-    def upload(*, repo_id, folder_path, commit_message):
-        pushed.update({str(path.relative_to(folder_path)): path.read_bytes() for path in files_below(folder_path)})
-
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
-    found = run_script("--save_state", str(tmp_path / "checkpoint-4"), "--push_to_hub", picture=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_given")
+    with loopback_hub() as hub, connected(hub, monkeypatch):
+        hub.add("user/repo", {})
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        found = run_script("--save_state", str(tmp_path / "checkpoint-4"), "--push_to_hub", picture=True)
+    pushed = hub.repos["user/repo"].tree()
     report = GSNRReport.load(tmp_path)
     assert [row.name for row in report.tensors] == [
         *(f"Sequential.{name}" for name, _ in sys.modules["__main__"].unet.named_parameters()),
@@ -187,7 +187,7 @@ def test_report_and_card_ride_along_with_checkpoints_and_the_scripts_own_push(ru
     update_card(tmp_path / "expected.md", report)
     assert card == (tmp_path / "README.md").read_text() == (tmp_path / "expected.md").read_text()
     assert "# LoRA of a script\n\n<!-- hf-sai:begin -->" in card
-    assert huggingface_hub.upload_folder is upload  # the moments are undone
+    assert huggingface_hub.upload_folder.__func__ is huggingface_hub.HfApi.upload_folder  # the moments are undone
     assert {Accelerator.save_state.__module__, Accelerator.end_training.__module__} == {"accelerate.accelerator"}
     assert not any(hasattr(each, "__wrapped__") for each in (Accelerator.save_state, Accelerator.end_training))
 
@@ -270,10 +270,18 @@ def test_a_launcher_that_splits_tensors_is_an_error_before_the_script_starts(mon
         Replacement.of("sgd_sai", None, [])
 
 
-def test_swan_with_nothing_to_whiten_is_an_error():
-    encoder = nn.Embedding(4, 3)
-    with Replacement.of("swan", None, []).installed(), pytest.raises(ValueError, match="at least one matrix"):
-        torch.optim.AdamW(encoder.parameters())
+def test_swan_with_nothing_to_whiten_says_so_and_is_adam(caplog):
+    ours, theirs = nn.Embedding(4, 3), nn.Embedding(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    gradients = [torch.randn(4, 3) for _ in range(2)]
+    with Replacement.of("swan", "adam_lr_ratio=1", []).installed():
+        swan = torch.optim.AdamW(ours.parameters(), lr=3e-3, weight_decay=0.1)
+    for optimizer, embedding in ((swan, ours), (ADAMW(theirs.parameters(), lr=3e-3, weight_decay=0.1), theirs)):
+        for gradient in gradients:
+            embedding.weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    assert "swan whitens nothing here: all tensors of the script's optimizer go to Adam." in caplog.text
 
 
 def test_swan_knows_a_lone_embedding_beside_a_model_and_says_what_it_can_not_find(caplog):

@@ -357,11 +357,8 @@ class Replacement:
         self.built += 1
         name = self.record.name
         routes = {route for group in optimizer.param_groups for route in group.get("routes", ())}
-        if routes == {ADAM}:
-            raise OptionError(
-                f"{name} needs at least one matrix, but all tensors of the script's optimizer go to Adam; leave out "
-                "hf-sai's --optim for this script, or choose another optimizer"
-            )
+        if routes == {ADAM}:  # textual inversion trains an embedding alone
+            self._warn_once("%s whitens nothing here: all tensors of the script's optimizer go to Adam.", name)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         decays = [float(group["weight_decay"]) for group in optimizer.param_groups]
         params = [param for group in optimizer.param_groups for param in group["params"]]
