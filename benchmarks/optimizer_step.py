@@ -110,7 +110,9 @@ def fitting(shapes: Shapes, dtype: torch.dtype) -> Shapes:
     return kept
 
 
-def measure(model: str, precision: str, rounds: int, threads: int) -> tuple[Shapes, dict[str, dict[str, float]]]:
+def measure(
+    model: str, precision: str, rounds: int, threads: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Shapes, dict[str, dict[str, float]]]:
     """
     The shapes that fit, and by optimizer: least and median milliseconds of a step, milliseconds of the first, bytes of
     state, and the most bytes that a step needs besides.
@@ -132,31 +134,31 @@ def measure(model: str, precision: str, rounds: int, threads: int) -> tuple[Shap
     for name, make in peers(compiled=dtype != torch.float32).items():
         optimizer = make(params)
         with contextlib.redirect_stdout(io.StringIO()):  # one of them prints a banner
-            first = milliseconds(optimizer)
+            first = milliseconds(optimizer, clock)
         extra = peak_extra_bytes(optimizer.step)
         found[name] = {"first": first, "state": optimizer_state_bytes(optimizer), "extra": extra}
         times[name] = []
         if together:
             optimizers[name] = optimizer
         else:
-            milliseconds(optimizer)
-            times[name] = [milliseconds(optimizer) for _ in range(rounds)]
+            milliseconds(optimizer, clock)
+            times[name] = [milliseconds(optimizer, clock) for _ in range(rounds)]
             del optimizer
     for _ in range(rounds if together else 0):
         for name, optimizer in optimizers.items():
-            times[name].append(milliseconds(optimizer))
+            times[name].append(milliseconds(optimizer, clock))
     for name, values in times.items():
         found[name] |= {"least": min(values), "median": statistics.median(values)}
     return shapes, found
 
 
-def milliseconds(optimizer: torch.optim.Optimizer) -> float:
+def milliseconds(optimizer: torch.optim.Optimizer, clock: Callable[[], float]) -> float:
     """Of one step."""
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     optimizer.step()
     synchronize()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def table(model: str, shapes: Shapes, whole: Shapes, found: dict[str, dict[str, float]]) -> str:

@@ -60,7 +60,9 @@ def contestants(params: list[torch.nn.Parameter]) -> dict[str, Callable[[], Any]
     }
 
 
-def measure(params: list[torch.nn.Parameter], rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    params: list[torch.nn.Parameter], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """Milliseconds (median and least of interleaved rounds), operations, and the most bytes needed besides."""
     steps = contestants(params)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -73,10 +75,10 @@ def measure(params: list[torch.nn.Parameter], rounds: int) -> dict[str, dict[str
     for _ in range(rounds):
         for name, step in steps.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     for name, values in times.items():
         found[name] |= {"median": statistics.median(values), "least": min(values)}
     return found
