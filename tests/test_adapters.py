@@ -165,10 +165,11 @@ def test_resumed_pairs_stay_bit_equal(dtype, steps):
     assert optimizer.gsnr_statistics() == resumed.gsnr_statistics()
 
 
-def test_layerwise_equals_the_ordinary_path():
+@pytest.mark.parametrize("zero", [True, False], ids=["B is zero", "B is not"])
+def test_layerwise_equals_the_ordinary_path(zero):
     ends = []
     for cls in (SGDSaI, SGDSaILayerwise):
-        model = tiny_lora()
+        model = tiny_lora(init_lora_weights=zero)
         optimizer = cls(hf_sai.param_groups(model, "sgd_sai", lora_policy="paired"), lr=0.02)
         train(model, optimizer, batches(6))
         ends.append((trainable(model), optimizer.gsnr_statistics()))
