@@ -79,15 +79,8 @@ def language_model(name: str) -> Cells:
 
 def adapter(rank: int, methods: dict[str, str]) -> Cells:
     """The same of a LoRA adapter, by method."""
-    runs: dict[str, dict[float, list[float]]] = {}
-    for key, loss in load("lora_finetuning")["runs"].items():
-        of_rank, method, rate, _ = key.split("; ")
-        if of_rank == f"r={rank}":
-            runs.setdefault(method, {}).setdefault(float(rate.removeprefix("lr ")), []).append(loss)
-    best = {
-        method: max(rates.values(), key=lambda losses: (len(losses), -losses[0])) for method, rates in runs.items()
-    }
-    return {column: f"{statistics.mean(best[method]):.3f}" for column, method in methods.items() if method in best}
+    found = load("lora_finetuning")["ranks"][str(rank)]
+    return {column: f"{statistics.mean(found[method]['losses']):.3f}" for column, method in methods.items()}
 
 
 def first_step(case: str) -> Cells:
@@ -109,7 +102,7 @@ def main() -> None:
         "optimizer state, Llama-2-7B in float32, GiB": state_of_llama(),
         "time of a step, GPT-2 small (fused SGD: 1)": step_of_gpt2(),
         "time of a step, 84 matrices (Muon: 1)": step_of_matrices(),
-        "pre-training a small LLaMA, held-out loss": language_model("lm_pretraining_128x4_400"),
+        "LLaMA from random weights, held-out loss": language_model("lm_pretraining_64x2_200"),
         "LoRA r = 4, held-out loss": adapter(4, of_adapters),
         "LoRA r = 16, held-out loss": adapter(16, of_adapters),
         "LoRA factors that train": first_step("LoRA: factors that train in 20 steps"),
