@@ -145,7 +145,9 @@ class SaITrainerMixin:
             `PushError`: It failed, and `hub_strict` is set.
         """
         before = self._hub.private, self._hub.create_pr
-        self._hub.private, self._hub.create_pr = self.args.hub_private_repo if private is None else private, create_pr
+        wanted = (private, self._hub.private, self.args.hub_private_repo)  # the second is what init_hf_repo asked for
+        self._hub.private = next((each for each in wanted if each is not None), None)
+        self._hub.create_pr = create_pr
         try:
             with self._hub_calls():
                 return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]

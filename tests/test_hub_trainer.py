@@ -270,6 +270,13 @@ def test_branch_pull_request_and_future(hub, tmp_path):
     assert "adapter_model.safetensors" in repo.tree("refs/pr/1")
 
 
+def test_private_of_a_push_goes_before_the_arguments(hub, tmp_path):
+    trainer = trainer_of(tmp_path, tiny_lora(), "user/secret", push_to_hub=False, hub_private_repo=False)
+    trainer.train()
+    assert trainer.push_to_hub(private=True) is not None
+    assert hub.repos["user/secret"].private
+
+
 def test_another_rank_sends_nothing_and_waits_for_nobody(hub, tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, tiny_lora(), "user/rank", push_to_hub=False)
     trainer.train()

@@ -202,7 +202,7 @@ class HostPushes:
         """
         As `huggingface_hub.create_repo`; where that fails, the id as it was asked for: the push tries again.
         """
-        self.private = private = self.private if private is None else private
+        self.private = private = private if self.private is None else self.private
         api = HfApi(token=token, library_name="hf_sai")
         try:
             return within(self.timeout, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
