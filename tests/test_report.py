@@ -88,6 +88,14 @@ def test_saving_without_a_picture(report, tmp_path):
     assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["gsnr_report.json"]
 
 
+def test_a_picture_of_an_earlier_runs_history_does_not_stay(report, tmp_path):
+    gsnr = {row.name: row.gsnr for row in report.by_status("measured")}
+    dataclasses.replace(report, history=[{"step": 2, "gsnr": gsnr}]).save(tmp_path)
+    assert (tmp_path / "gsnr_history.png").is_file()
+    report.save(tmp_path, picture=False)
+    assert not (tmp_path / "gsnr_history.png").exists()
+
+
 def test_saving_where_matplotlib_is_missing(report, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_sai.report.report.importlib.util.find_spec", lambda name: None)
     report.save(tmp_path)
@@ -181,6 +189,16 @@ def test_text_shows_where_a_gradients_mean_stands_out(report):
 def test_a_name_that_is_markup_or_moves_the_cursor_stays_text(report):
     row = dataclasses.replace(report.tensors[0], kind="[red]q[/red]\x1b[2J")
     assert "[red]q[/red]?[2J " in dataclasses.replace(report, tensors=[row]).to_text()
+
+
+def test_no_text_of_a_report_moves_the_cursor(report, swan_report):
+    odd = "a\x1b[2Jb"
+    route = dataclasses.replace(swan_report.routes[0], route=odd, reason=odd)
+    other = dataclasses.replace(report, options={"normalize": odd})
+    named = dataclasses.replace(report, optimizer=odd, options={odd: odd})
+    texts = [named.to_text(), dataclasses.replace(swan_report, routes=[route]).to_text(), report.diff(other).to_text()]
+    assert [text.count("a?[2Jb") for text in texts] == [3, 2, 1]
+    assert "\x1b" not in "".join(texts)
 
 
 def test_text_fits_a_terminal(report):

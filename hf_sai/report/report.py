@@ -312,7 +312,7 @@ class GSNRReport:
     def save(self, directory: str | os.PathLike[str], picture: bool = True) -> Path:
         """
         Writes `gsnr_report.json`, and where matplotlib is installed `gsnr_report.png` (of g-SNR tracked over time
-        `gsnr_history.png` too); each whole or not at all.
+        `gsnr_history.png` too); each whole or not at all. A `gsnr_history.png` of an earlier run is removed.
 
         Args:
             directory (`str` or path): Made where it is missing.
@@ -331,6 +331,8 @@ class GSNRReport:
             _write_whole(folder / REPORT_PNG, report_png(self))
             if self.history:
                 _write_whole(folder / HISTORY_PNG, history_png(self))
+        if not self.history:
+            (folder / HISTORY_PNG).unlink(missing_ok=True)
         return path
 
     def to_json(self) -> str:

@@ -25,8 +25,9 @@ _MOST, _MANY = 5, 20
 def report_view(report: GSNRReport) -> Group:
     """What [`rich.console.Console.print`] shows: options, counts, and a table by kind of tensor."""
     options = ", ".join(f"{name}={value}" for name, value in report.options.items())
-    head = Text(report.optimizer, style="bold")
-    head.append(f"  lr={report.learning_rate:g}, weight_decay={report.weight_decay:g}, {options}", style="not bold")
+    head = Text(printable(report.optimizer), style="bold")
+    settings = f"  lr={report.learning_rate:g}, weight_decay={report.weight_decay:g}, {printable(options)}"
+    head.append(settings, style="not bold")
     state = Text(f"state {report.state_bytes:,} bytes (AdamW: {report.adamw_state_bytes:,})")
     return Group(head, _counts(report), state, "", *(_routes(report) if report.routes else _scales(report)))
 
@@ -63,8 +64,13 @@ def table(*columns: tuple[str, int]) -> Table:
 
 def cut(text: str, width: int) -> Text:
     """The end of a name that is too long; nothing in a name is markup, or moves the cursor."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = printable(text)
     return Text(text if len(text) <= width else f"...{text[3 - width :]}")
+
+
+def printable(text: str) -> str:
+    """What others wrote, a report of the Hub: rich lets escape sequences through to the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _counts(report: GSNRReport) -> Text:
@@ -79,7 +85,7 @@ def _counts(report: GSNRReport) -> Text:
 def _routes(report: GSNRReport) -> list[Any]:
     rows = table(("tensors", 32), ("no.", -4), ("shape", -12), ("route", 29))
     for entry in report.by_route():
-        route = Text(f"{entry['route']}: {entry['reason']}", overflow="ellipsis")
+        route = Text(printable(f"{entry['route']}: {entry['reason']}"), overflow="ellipsis")
         rows.add_row(cut(entry["kind"], 32), str(entry["tensors"]), entry["shape"], route)
     return [rows]
 
@@ -122,7 +128,7 @@ def _largest(settled: list[TensorRow]) -> list[Any]:
 
 def diff_view(diff: ReportDiff, ratio: float | None = None) -> Group:
     """A comparison: what one run lacks, then the tensors that are furthest apart."""
-    parts: list[Any] = [Text(diff.headline(), style="bold"), *map(Text, diff.notes)]
+    parts: list[Any] = [Text(diff.headline(), style="bold"), *(Text(printable(note)) for note in diff.notes)]
     lacking = [row for row in diff.rows if row.missing or row.reshaped]
     if lacking:
         rows = table(("missing or pending in one run", 54), ("", 25))
