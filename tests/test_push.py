@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hf_sai.cli import app
 from hf_sai.hub.push import Destination, HostPushes, Push, PushError, TokenInFileError, push_folder
-from hf_sai.report.upload import LONGEST_WAIT, UploadError, within
+from hf_sai.report.upload import LONGEST_WAIT, UploadError, refuse_tokens, within
 
 
 TOKEN = "hf_" + "SecretSecretSecretSecret" + "0123456789"
@@ -202,6 +202,14 @@ def test_a_word_that_begins_like_a_token_is_none(hub, tmp_path):
     assert push_folder(folder, "user/run", token=TOKEN) is not None
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "__0_0.distcp"])  # the second is FSDP's
+def test_large_weights_are_not_read_for_tokens(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"weights")
+    monkeypatch.setattr("hf_sai.report.upload._SMALL", 6)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("all of a shard in memory"))
+    refuse_tokens({name: tmp_path / name}, [TOKEN])
+
+
 def test_what_can_not_be_pushed_is_one_sentence(hub, tmp_path):
     with pytest.raises(PushError, match=r"a push needs a folder, but .*none; pass the run's output_dir"):
         push_folder(tmp_path / "none", "user/run", token=TOKEN)
@@ -293,6 +301,15 @@ def test_pushes_in_the_background_take_turns_and_end(hub, folder, caplog):
     assert hub.counts["commit"] == 2
     names = {*PUSHED[1:], "optimizer.pt"}
     assert set(hub.repos["user/run"].tree()) == {*PUSHED, *(f"last-checkpoint/{name}" for name in names)}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "asked", "private"), [(True, False, True), (None, True, True), (None, None, False)]
+)
+def test_what_the_user_says_of_visibility_goes_before_what_the_trainer_asks_for(hub, wanted, asked, private):
+    pushes = HostPushes(strict=False, timeout=60.0, private=wanted)
+    pushes.create_repo("user/new", token=TOKEN, private=asked, exist_ok=True)
+    assert hub.repos["user/new"].private == private
 
 
 def test_a_push_waits_for_its_turn_no_longer_than_its_time(hub, folder):

@@ -26,7 +26,7 @@ _TRANSIENT = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Of httpx or httpx2, by the version of huggingface_hub: every error of a connection derives from it.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
 _LOOKS_LIKE_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".onnx", ".h5", ".msgpack")
 _SMALL = 16 * 2**20  # bytes: weights below that are looked through as well, training_args.bin among them
 
 _Result = TypeVar("_Result")
