@@ -14,7 +14,6 @@ from hf_sai.hub.card import (
     BEGIN,
     END,
     card_facts,
-    format_bytes,
     insert_section,
     is_generated,
     mark_generated,
@@ -23,6 +22,7 @@ from hf_sai.hub.card import (
     render_section,
     update_card,
 )
+from hf_sai.report import format_bytes
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "cards"

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..optim.registry import get_record
-from ..report import REPORT_PNG, GSNRReport
+from ..report import REPORT_PNG, GSNRReport, format_bytes
 
 
 logger = logging.getLogger(__name__)
@@ -338,16 +338,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
-
-
-def format_bytes(count: int) -> str:
-    """`1_500_000` as `1.5 MB`."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _is_repo_id(name: Any) -> bool:
