@@ -92,7 +92,7 @@ METHODS: dict[str, tuple[Callable[[Any, float], Any], tuple[float, ...]]] = {
     "SGD-SaI, paired": (ours("sgd_sai", lora_policy="paired"), (1e-3, 3e-3, 1e-2, 3e-2)),
     "SGD-SaI, paired, A at B's rate": (equal_rates, (1e-3, 3e-3, 1e-2, 3e-2)),
     "SGD-SaI": (ours("sgd_sai"), (1e-2, 3e-2, 1e-1, 3e-1)),
-    "SGD-SaI, A frozen (as published)": (frozen_a, (3e-2, 1e-1, 3e-1, 1.0)),
+    "SGD-SaI, A frozen (as published)": (frozen_a, (1e-2, 3e-2, 1e-1, 3e-1)),
     "LoRA+": (lora_plus, (1e-4, 3e-4, 1e-3, 3e-3)),
     "SWAN, b_only": (ours("swan", lora_policy="b_only"), (3e-4, 1e-3, 3e-3, 1e-2)),
     "SWAN, both": (ours("swan", lora_policy="both"), (3e-4, 1e-3, 3e-3, 1e-2)),
