@@ -314,6 +314,8 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     kwargs |= options
     shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")
     logger.info("optim=%s: %s", record.name, shown)
+    if getattr(args, "optim_target_modules", None) is not None:
+        routing["target_modules"] = args.optim_target_modules
     own_groups = settings_of_own_groups(args)
     grouped = record.routed or routing.get("lora_policy") == "paired"
     if grouped and (own_groups or context.model is None):
@@ -325,8 +327,6 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
             * (not record.routed)
         )
     if context.model is not None and not own_groups:
-        if record.routed:
-            routing["target_modules"] = getattr(args, "optim_target_modules", None)
         names = _decay_rule.get()(context.model)
         kwargs["params"] = param_groups(context.model, record.name, args.weight_decay, decay_names=names, **routing)
     return record.cls, kwargs

@@ -114,6 +114,20 @@ def test_handler_gives_typed_options_and_named_groups(tmp_path):
     assert groups[0]["params"][0][0] == "model.embed_tokens.weight"
 
 
+def test_a_choice_of_modules_that_would_change_nothing_is_an_error(tmp_path):
+    trainer = Trainer(tiny_llama(), arguments(tmp_path, optim_target_modules="all-linear"))
+    with pytest.raises(hf_sai.OptionError, match="target_modules can't be set for sgd_sai"):
+        trainer.create_optimizer()
+
+
+def test_the_plain_policy_asks_for_nothing_and_needs_no_model():
+    params = [torch.nn.Parameter(torch.zeros(2, 2))]
+    optimizer = hf_sai.create_optimizer("sgd_sai", params, lora_policy="plain")
+    assert optimizer.param_groups[0]["params"] == params
+    with pytest.raises(hf_sai.OptionError, match="need the modules"):
+        hf_sai.create_optimizer("sgd_sai", params, lora_policy="paired")
+
+
 def test_names_are_given_by_identity_and_not_overwritten():
     model = tiny_llama()
     optimizer = hf_sai.SGDSaI(model.parameters())

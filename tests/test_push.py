@@ -67,6 +67,13 @@ PUSHED = [".gitattributes", "README.md", "adapter_config.json", "adapter_model.s
 PUSHED += ["gsnr_report.json", "gsnr_report.png"]
 
 
+@pytest.mark.parametrize("token", [TOKEN, TOKEN.replace("hf_", "hf_oauth_")])
+def test_what_looks_like_a_token_is_found_without_knowing_it(token):
+    with pytest.raises(TokenInFileError, match=r"notes\.txt"):
+        refuse_tokens({"notes.txt": f"my key is {token}.".encode()}, [])
+    refuse_tokens({"notes.txt": b"hf_hub_download_and_then_something_else_of_that_kind"}, [])
+
+
 def test_a_folder_is_one_commit_of_what_belongs_to_a_model(hub, tmp_path, caplog):
     more = dict.fromkeys(
         ("_old.json", "checkpoint-3/model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"), "stays"

@@ -15,7 +15,7 @@ from typing import Any
 
 # Fields that hold a token whatever it looks like. Not all that ends in "_token": TRL has eos_token and pad_token.
 SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token", "token", "hf_token", "use_auth_token"})
-_LOOKS_LIKE_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+_LOOKS_LIKE_TOKEN = re.compile(r"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{30,}\b")
 _REMOVED = "<TOKEN>"  # as the host masks it in to_dict()
 
 

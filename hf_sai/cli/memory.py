@@ -123,7 +123,7 @@ def _print_table(
             shown += ["yes" if row.total <= card else "no", _count(largest[row.optimizer][1])]
         table.add_row(*shown)
     console = Console(width=80, highlight=False)
-    console.print(f"{facts['model']}, {facts['dtype']}{adapter}: {trained}")
+    console.print(f"{facts['model']}, {facts['dtype']}{adapter}: {trained}", markup=False)
     console.print(table)
     notes = ["Beside these: activations. update: for a while, in each step, at most."]
     if any(not row.made for row in rows):

@@ -235,6 +235,9 @@ def write_results(card: str | os.PathLike[str], results: Iterable[EvalResult]) -
     """
     Puts results into the header of a card that is there; those of the same measurement are replaced.
 
+    The card then counts as edited: a later training renews our section in it and no other text. A card that is to be
+    written anew takes its results from `trainer.push_to_hub(results=...)`.
+
     Args:
         card (`str` or path): The README.md.
         results (iterable of `huggingface_hub.EvalResult`): As from [`card_results`].

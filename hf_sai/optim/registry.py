@@ -285,8 +285,8 @@ def parse_options(record: OptimizerRecord, given: Mapping[str, Any]) -> dict[str
 
 def split_routing(record: OptimizerRecord, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Typed options in two: the constructor's, and those that decide about groups ([`route_parameters`])."""
-    routing = {option.name for option in record.options if option.routing}
-    return (
-        {name: value for name, value in options.items() if name not in routing},
-        {name: value for name, value in options.items() if name in routing},
-    )
+    names = {option.name for option in record.options if option.routing}
+    routing = {name: value for name, value in options.items() if name in names}
+    if routing.get("lora_policy") == "plain":  # asks for nothing, and so needs no model
+        del routing["lora_policy"]
+    return {name: value for name, value in options.items() if name not in names}, routing

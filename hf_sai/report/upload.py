@@ -25,7 +25,7 @@ LONGEST_WAIT = 300.0  # seconds: more is not waited for, whatever Retry-After sa
 _TRANSIENT = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Of httpx or httpx2, by the version of huggingface_hub: every error of a connection derives from it.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
-_LOOKS_LIKE_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+_LOOKS_LIKE_TOKEN = re.compile(rb"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{30,}\b")  # hf_oauth_... too
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".onnx", ".h5", ".msgpack")
 _SMALL = 16 * 2**20  # bytes: weights below that are looked through as well, training_args.bin among them
 
