@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import machine, markdown_table, write_results
+from common import command, machine, markdown_table, write_results
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -190,7 +190,9 @@ def main() -> None:
     table = markdown_table(["case", *names], rows)
     print(table)
     title = "What each implementation did with a first gradient that says nothing, or not yet."
-    write_results("first_step", {"machine": about, "outcomes": outcomes}, f"{title}\n\n{table}")
+    write_results(
+        "first_step", {"machine": about, "command": command(__file__, []), "outcomes": outcomes}, f"{title}\n\n{table}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import statistics
 from typing import Any
 
-from common import RESULTS, machine, markdown_table, write_results
+from common import RESULTS, command, machine, markdown_table, write_results
 
 from hf_sai.optim import route_parameters
 from hf_sai.optim.routing import ADAM
@@ -113,7 +113,9 @@ def main() -> None:
         ["", *COLUMNS], [[title, *(cells.get(name, "-") for name in COLUMNS)] for title, cells in rows.items()]
     )
     print(table)
-    write_results("headline", {"machine": machine(), "rows": rows}, table)
+    write_results(
+        "headline", {"machine": machine("transformers"), "command": command(__file__, []), "rows": rows}, table
+    )
 
 
 if __name__ == "__main__":

@@ -344,3 +344,27 @@ def test_lora_is_tuned_alike_and_goes_on_where_it_was(results, monkeypatch):
     monkeypatch.setattr(lora_finetuning, "train", fail)
     lora_finetuning.main(choice)
     assert read(results, "lora_finetuning")[0]["ranks"] == written["ranks"]
+
+
+def test_committed_cases_of_the_first_step_are_what_happens(results):
+    import first_step
+
+    first_step.main()
+    committed = json.loads((RESULTS / "first_step.json").read_text())
+    assert read(results, "first_step")[0]["outcomes"] == committed["outcomes"]
+    assert committed["outcomes"]["LoRA: factors that train in 20 steps"] == {
+        "hf_sai": "A 14 of 14, B 14 of 14",
+        "sgd-sai": "A 0 of 14, B 14 of 14",
+        "pytorch-optimizer": "A 0 of 14, B 14 of 14",
+        "AdamW": "A 14 of 14, B 14 of 14",
+    }
+
+
+def test_the_committed_headline_is_that_of_the_other_results(results, monkeypatch):
+    import headline
+
+    monkeypatch.setattr(headline, "RESULTS", RESULTS)
+    headline.main()
+    written, markdown = read(results, "headline")
+    assert written["rows"] == json.loads((RESULTS / "headline.json").read_text())["rows"]
+    assert markdown.splitlines()[:12] == (RESULTS / "headline.md").read_text().splitlines()[:12]
