@@ -70,11 +70,12 @@ def show(results: list[dict[str, Any]]) -> None:
     report = GSNRReport.load(adapter)
     checkpoints = sorted(adapter.glob("checkpoint-*"))
     print(f"\nLoRA with SGD-SaI: {moved(report, checkpoints[0], adapter)}")
-    print(f"\n  g-SNR report   {adapter / 'gsnr_report.json'}     (hf-sai report {adapter})")
+    print(f"\n  g-SNR report   {adapter / 'gsnr_report.json'}")
     print(f"  picture        {adapter / 'gsnr_report.png'}")
     print(f"  model card     {adapter / 'README.md'}")
-    print("\nTo push this very folder, in one commit, after `hf auth login`:")
-    print(f'\n  hf upload YOUR_NAME/hf-sai-demo {adapter} . --exclude "checkpoint-*/*"\n')
+    print("\nTo look at it, and to push this very folder in one commit (after `hf auth login`):\n")
+    print(f"  hf-sai report {adapter} --open")
+    print(f"  hf-sai push {adapter} hf-sai-demo --private\n")
 
 
 def main() -> None:
