@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from .integration import (
 )
 from .optim.measure import measure_gsnr
 from .optim.registry import OptionError, list_records, record_of
-from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, copy_whole, thinned
+from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, copy_whole, thinned, warning_instead
 
 
 logger = logging.getLogger(__name__)
+
+_TRAINING_GOES_ON = "The g-SNR report could not be written; training goes on."
 
 
 class GSNRCallback(TrainerCallback):
@@ -166,7 +167,7 @@ class GSNRCallback(TrainerCallback):
             return
         if not (Path(directory).is_dir() or Path(directory) == Path(output_dir)):
             return
-        with _training_goes_on():
+        with warning_instead(logger, _TRAINING_GOES_ON):
             if self._drawn != self.report:
                 self.report.save(output_dir)
                 self._drawn = self.report
@@ -181,7 +182,7 @@ class GSNRCallback(TrainerCallback):
         if self._drawn is None:
             self.write(args.output_dir, args.output_dir)
         else:
-            with _training_goes_on():
+            with warning_instead(logger, _TRAINING_GOES_ON):
                 self.report.save(args.output_dir, picture=False)
 
     def _log(self, state: TrainerState, scalars: dict[str, float]) -> None:
@@ -194,14 +195,6 @@ class GSNRCallback(TrainerCallback):
             return
         state.log_history.append({**scalars, "step": state.global_step})
         logger.info("g-SNR at step %d: %s", state.global_step, scalars)
-
-
-@contextlib.contextmanager
-def _training_goes_on() -> Iterator[None]:
-    try:
-        yield
-    except Exception:  # whatever it is, it is not worth a training run
-        logger.warning("The g-SNR report could not be written; training goes on.", exc_info=True)
 
 
 def schedule_range(scheduler: Any, steps: int) -> list[float]:

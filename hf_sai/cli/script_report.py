@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..hub.card import update_card
 from ..integration import count_measurements
-from ..report import REPORT_JSON, REPORT_PNG, GSNRReport, copy_whole
+from ..report import REPORT_JSON, REPORT_PNG, GSNRReport, copy_whole, warning_instead
 
 
 logger = logging.getLogger(__name__)
+
+_SCRIPT_GOES_ON = "The report could not be written; the script goes on."
 
 
 class ScriptReport:
@@ -57,7 +57,7 @@ class ScriptReport:
         output = project or checkpoint
         self.write(output)
         if self.report is not None and output != checkpoint:
-            with _script_goes_on():
+            with warning_instead(logger, _SCRIPT_GOES_ON):
                 for name in (REPORT_JSON, REPORT_PNG):
                     copy_whole(output / name, checkpoint / name)
 
@@ -70,17 +70,9 @@ class ScriptReport:
         """
         if self.report is None or output is None:
             return
-        with _script_goes_on():
+        with warning_instead(logger, _SCRIPT_GOES_ON):
             if self._drawn != (self.report, output):
                 self.report.save(output)
                 self._drawn, self.folder = (self.report, output), output
             if (output / "README.md").is_file():
                 update_card(output / "README.md", self.report)
-
-
-@contextlib.contextmanager
-def _script_goes_on() -> Iterator[None]:
-    try:
-        yield
-    except Exception:  # whatever it is, it is not worth a training run
-        logger.warning("The report could not be written; the script goes on.", exc_info=True)

@@ -11,6 +11,7 @@ from .report import (
     copy_whole,
     format_bytes,
     optimizer_state_bytes,
+    warning_instead,
 )
 from .schema import ReportError, thinned
 
@@ -29,4 +30,5 @@ __all__ = [
     "format_bytes",
     "optimizer_state_bytes",
     "thinned",
+    "warning_instead",
 ]

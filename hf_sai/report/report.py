@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -580,6 +582,15 @@ def _write_whole(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def warning_instead(logger: logging.Logger, text: str) -> Iterator[None]:
+    """What goes wrong inside is a warning with this text: whatever it is, it is not worth a training run."""
+    try:
+        yield
+    except Exception:
+        logger.warning(text, exc_info=True)
 
 
 def copy_whole(source: Path, target: Path) -> None:
