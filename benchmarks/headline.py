@@ -14,9 +14,9 @@ from typing import Any
 
 from common import RESULTS, command, machine, markdown_table, write_results
 
+from hf_sai.memory import memory_rows, meta_model
 from hf_sai.optim import route_parameters
 from hf_sai.optim.routing import ADAM
-from hf_sai.report.memory import memory_rows, meta_model
 
 
 SGD_SAI, SWAN, ADAMW, THEIRS, PORT, MUON = COLUMNS = (

@@ -33,7 +33,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import set_seed
 
 import hf_sai
-from hf_sai.optim.adapters import A_RATE
+from hf_sai.optim.lora_pairs import A_RATE
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

@@ -25,7 +25,7 @@ import torch
 from common import command, device_name, machine, markdown_table, write_results
 from lm_pretraining import train
 
-from hf_sai.report.memory import memory_rows, meta_model
+from hf_sai.memory import memory_rows, meta_model
 
 
 TOLERANCE = 0.15

@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from .callback import GSNRCallback
     from .config import SaIConfig
     from .integration import (
-        OptimizerMismatchError,
-        assert_optimizer,
         create_optimizer,
         optimizer_cls_and_kwargs,
         param_groups,
         register,
         unregister,
     )
+    from .live import OptimizerMismatchError, assert_optimizer
     from .optim import SWAN, OptionError, SGDSaI, SGDSaILayerwise, SWANLayerwise, convert_lr, measure_gsnr
     from .report import GSNRReport, optimizer_state_bytes
     from .trainer import SaITrainer, SaITrainerMixin, make_trainer
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "GSNRCallback": ".callback",
     "GSNRReport": ".report",
-    "OptimizerMismatchError": ".integration",
+    "OptimizerMismatchError": ".live",
     "OptionError": ".optim",
     "SGDSaI": ".optim",
     "SGDSaILayerwise": ".optim",
@@ -42,7 +41,7 @@ _HOME = {
     "SaIConfig": ".config",
     "SaITrainer": ".trainer",
     "SaITrainerMixin": ".trainer",
-    "assert_optimizer": ".integration",
+    "assert_optimizer": ".live",
     "convert_lr": ".optim",
     "create_optimizer": ".integration",
     "make_trainer": ".trainer",

@@ -18,16 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SaIConfig
-from .integration import (
-    assert_optimizer,
-    check_sharded,
-    count_measurements,
-    name_parameters,
-    unwrap_optimizer,
-)
+from .files import copy_whole, warning_instead
+from .live import assert_optimizer, check_sharded, count_measurements, name_parameters, unwrap_optimizer
 from .optim.measure import measure_gsnr
 from .optim.registry import OptionError, list_records, record_of
-from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, copy_whole, thinned, warning_instead
+from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, thinned
 
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from .callback import GSNRCallback, optim_name
 from .config import SaIConfig
 from .hub.card import mark_generated, update_card
 from .hub.push import HostPushes
-from .integration import assert_optimizer, decay_rule, name_parameters, unwrap_optimizer
+from .integration import decay_rule
+from .live import assert_optimizer, name_parameters, unwrap_optimizer
 from .optim.registry import get_record, list_records, parse_options, record_of
 
 

@@ -12,9 +12,9 @@ from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
 from reference import ReferencePair
 
 import hf_sai
-from hf_sai.cli.run import Replacement
 from hf_sai.optim import OptionError, SGDSaI, SGDSaILayerwise
-from hf_sai.optim.adapters import A_RATE, adapter_pairs
+from hf_sai.optim.lora_pairs import A_RATE, adapter_pairs
+from hf_sai.stand_in import Replacement
 
 
 def factors(a_shape=(3, 8), b_shape=(6, 3), dtype=torch.float64, start=0.0):
@@ -207,7 +207,7 @@ def test_the_trainer_makes_the_pairs(tmp_path):
     trainer = hf_sai.SaITrainer(model, arguments(tmp_path, **options), train_dataset=token_blocks(12))
     before = trainable(model)
     trainer.train()
-    (group,) = hf_sai.integration.unwrap_optimizer(trainer.optimizer).param_groups
+    (group,) = hf_sai.live.unwrap_optimizer(trainer.optimizer).param_groups
     assert group["paired"] is True
     assert len(group["params"]) == len(before)
     assert all(not torch.equal(value, before[name]) for name, value in trainable(model).items())

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_sai
 from hf_sai import GSNRCallback, GSNRReport, OptionError, SaIConfig, SaITrainer, make_trainer
-from hf_sai.integration import unwrap_optimizer
+from hf_sai.live import unwrap_optimizer
 
 
 LEARNING_RATE = {"sgd_sai": 0.05, "swan": 2e-3}

@@ -12,7 +12,7 @@ from tiny_pipelines import PIPELINES
 from torch import nn
 
 from hf_sai import create_optimizer
-from hf_sai.cli.run import Replacement
+from hf_sai.stand_in import Replacement
 
 
 OPTIONS = {"lr": 0.01, "scale": 2.0, "adam_lr_ratio": 0.5, "weight_decay": 0.1}

@@ -18,7 +18,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 import hf_sai
 from hf_sai import GSNRReport, SaITrainer
-from hf_sai.integration import unwrap_optimizer
+from hf_sai.live import unwrap_optimizer
 
 
 LEARNING_RATE = {"sgd_sai": 0.02, "swan": 2e-3}

@@ -21,7 +21,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hf_sai import GSNRReport, SaITrainerMixin, make_trainer
-from hf_sai.integration import unwrap_optimizer
+from hf_sai.live import unwrap_optimizer
 
 
 # TRL 1.16's DPOTrainer calls these on transformers 5.23.

@@ -11,7 +11,7 @@ from helpers import arguments, tiny_llama, tiny_lora
 from transformers import Trainer
 
 import hf_sai
-from hf_sai.integration import check_sharded, name_parameters
+from hf_sai.live import check_sharded, name_parameters
 
 
 def test_create_optimizer_for_a_model_names_and_spares_norms():

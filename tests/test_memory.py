@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import hf_sai
 from hf_sai.cli import app
+from hf_sai.memory import LARGEST_LLAMA_LAYERS, OPTIMIZERS, largest_llamas, llama_of, memory_rows, meta_model
 from hf_sai.report import optimizer_state_bytes
-from hf_sai.report.memory import LARGEST_LLAMA_LAYERS, OPTIMIZERS, largest_llamas, llama_of, memory_rows, meta_model
 
 
 def llama(device="cpu"):

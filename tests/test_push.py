@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hf_sai.cli import app
 from hf_sai.hub.push import Destination, HostPushes, Push, PushError, TokenInFileError, push_folder
-from hf_sai.report.upload import LONGEST_WAIT, UploadError, refuse_tokens, within
+from hf_sai.upload import LONGEST_WAIT, UploadError, refuse_tokens, within
 
 
 TOKEN = "hf_" + "SecretSecretSecretSecret" + "0123456789"
@@ -212,7 +212,7 @@ def test_a_word_that_begins_like_a_token_is_none(hub, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "__0_0.distcp"])  # the second is FSDP's
 def test_large_weights_are_not_read_for_tokens(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"weights")
-    monkeypatch.setattr("hf_sai.report.upload._SMALL", 6)
+    monkeypatch.setattr("hf_sai.upload._SMALL", 6)
     read = []
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or b"")
     refuse_tokens({name: tmp_path / name}, [TOKEN])

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_sai
 from hf_sai import SWAN, GSNRReport, OptionError, SaITrainer, SWANLayerwise
-from hf_sai.integration import unwrap_optimizer
+from hf_sai.live import unwrap_optimizer
 
 
 def swan_arguments(folder, **changed):

@@ -163,7 +163,7 @@ def test_training_goes_on_where_the_report_cannot_be_written(tmp_path, monkeypat
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_sai.report.report._write_whole", full_disk)
+    monkeypatch.setattr("hf_sai.report.report.write_whole", full_disk)
     args = arguments(tmp_path, save_strategy="steps", save_steps=3)
     trainer = SaITrainer(tiny_llama(), args, train_dataset=token_blocks())
     with caplog.at_level(logging.WARNING, logger="hf_sai"):

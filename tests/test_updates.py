@@ -14,7 +14,7 @@ from helpers import peak_allocated
 
 from hf_sai.optim import SGDSaI, updates
 from hf_sai.optim.gsnr import CHUNK_NUMEL
-from hf_sai.optim.updates import BLOCK_NUMEL, COMPILED_NUMEL, round_stochastically_
+from hf_sai.optim.sgd_update import BLOCK_NUMEL, COMPILED_NUMEL, round_stochastically_
 
 
 PATHS = {

@@ -11,7 +11,7 @@ import typer
 
 
 if TYPE_CHECKING:
-    from ..report.memory import MemoryRow
+    from ..memory import MemoryRow
 
 # A card is sold in GB and has GiB.
 _UNITS = {"": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20, "G": 2**30, "GB": 2**30, "GIB": 2**30}
@@ -34,7 +34,7 @@ def memory(
     """Memory of a training beside its activations: weights, gradients, optimizer state, and what an update needs."""
     import torch
 
-    from ..report.memory import OPTIMIZERS, PUBLISHED, largest_llamas, memory_rows, meta_model
+    from ..memory import OPTIMIZERS, PUBLISHED, largest_llamas, memory_rows, meta_model
 
     try:
         card = None if gpu is None else _card_bytes(gpu)

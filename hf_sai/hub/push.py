@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelInfo, hf_hub_download
 from huggingface_hub.utils import filter_repo_objects
 
-from ..report.upload import TIMEOUT, Destination, Files, TokenInFileError, UploadError, reason, upload, within
+from ..upload import TIMEOUT, Destination, Files, TokenInFileError, UploadError, reason, upload, within
 from .card import merge_cards, name_repository
 
 

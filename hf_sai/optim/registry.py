@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from .adapters import PAIR_POLICIES, adapter_pairs
 from .gsnr import NORMALIZATIONS
 from .layerwise import SGDSaILayerwise, SWANLayerwise
+from .lora_pairs import PAIR_POLICIES, adapter_pairs
 from .routing import LORA_POLICIES, route_parameters
 from .sgd_sai import STATE_DTYPES, SGDSaI
 from .swan import SWAN, WHITENING_DTYPES

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adapters import bounded, check_pairs, norm_of
 from .base import NamedOptimizer, check_writer
 from .gsnr import (
     NORMALIZATIONS,
@@ -25,8 +24,9 @@ from .gsnr import (
     gradient_moments,
     gradient_snr,
 )
+from .lora_pairs import bounded, check_pairs, norm_of
+from .sgd_update import Batch, Coefficients, update
 from .tensors import check_gradient, gradient_of, is_sharded, local
-from .updates import Batch, Coefficients, update
 
 
 logger = logging.getLogger(__name__)
@@ -61,15 +61,15 @@ class SGDSaI(NamedOptimizer):
     State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), and
     where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
     AdamW's. The buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over
-    memory of its own (derived in `hf_sai/optim/updates.py`); so it belongs to the parameters that it was saved with.
+    memory of its own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with.
     State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
     came nor on parameters that a sharding library replaces after construction. `state_dict()` holds plain values and
     tensors only.
 
     In a group with `paired=True`, which `hf_sai.param_groups(model, "sgd_sai", lora_policy="paired")` makes, the
     tensors are the factors A and B of LoRA in turn, and their gradients are bounded by the norm of each pair's first
-    one, which is kept as `pair_norm` (float), as `hf_sai/optim/adapters.py` says. A learning rate is there the RMS of
-    B's first step, and the most that a later one can have (but for what g-SNR says beyond `sqrt(n)`): near AdamW's,
+    one, which is kept as `pair_norm` (float), as `hf_sai/optim/lora_pairs.py` says. A learning rate is there the RMS
+    of B's first step, and the most that a later one can have (but for what g-SNR says beyond `sqrt(n)`): near AdamW's,
     not 1e-1. DTensors are refused in such a group.
 
     DTensors (FSDP2, tensor parallelism) are measured as whole tensors, with one collective in a step that measures,
@@ -153,7 +153,7 @@ class SGDSaI(NamedOptimizer):
             "fused": fused,
             "state_dtype": _dtype_name(state_dtype),
             "stochastic_rounding": stochastic_rounding,
-            # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/adapters.py.
+            # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
             "paired": False,
             # Not options, but they decide updates and so live where state_dict() saves them. Equal in every group.
             "step": 0,

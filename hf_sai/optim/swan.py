@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam import AdamBatch, adam_update, new_adam_state
+from .adam_update import AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .routing import ADAM, Layout, Route, layout_of, routes_of_group
+from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
-from .updates import round_stochastically_
 from .whitening import Method, check_whitening, swan_direction
 
 

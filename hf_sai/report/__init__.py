@@ -8,10 +8,8 @@ from .report import (
     GSNRReport,
     RouteRow,
     TensorRow,
-    copy_whole,
     format_bytes,
     optimizer_state_bytes,
-    warning_instead,
 )
 from .schema import ReportError, thinned
 
@@ -26,9 +24,7 @@ __all__ = [
     "ReportError",
     "RouteRow",
     "TensorRow",
-    "copy_whole",
     "format_bytes",
     "optimizer_state_bytes",
     "thinned",
-    "warning_instead",
 ]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +18,12 @@ import torch
 from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+from ..files import write_whole
 from ..optim.registry import OptimizerRecord, record_of
 from ..optim.routing import ADAM, Route
+from ..upload import Destination, upload
 from . import schema
 from .schema import SCHEMA, STATUSES, ReportError
-from .upload import Destination, upload
 
 
 if TYPE_CHECKING:
@@ -326,13 +325,13 @@ class GSNRReport:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / REPORT_JSON
-        _write_whole(path, self.to_json().encode("utf-8"))
+        write_whole(path, self.to_json().encode("utf-8"))
         if picture and importlib.util.find_spec("matplotlib") is not None:
             from .plots import history_png, report_png
 
-            _write_whole(folder / REPORT_PNG, report_png(self))
+            write_whole(folder / REPORT_PNG, report_png(self))
             if self.history:
-                _write_whole(folder / HISTORY_PNG, history_png(self))
+                write_whole(folder / HISTORY_PNG, history_png(self))
         if not self.history:
             (folder / HISTORY_PNG).unlink(missing_ok=True)
         return path
@@ -572,30 +571,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """A reader (or an upload) sees the old file or the new one, never a part of it."""
-    temporary = path.with_name(f"_{path.name}.{os.getpid()}")  # a push leaves out what begins with "_"
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def warning_instead(logger: logging.Logger, text: str) -> Iterator[None]:
-    """What goes wrong inside is a warning with this text: whatever it is, it is not worth a training run."""
-    try:
-        yield
-    except Exception:
-        logger.warning(text, exc_info=True)
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """Copies a file that is there and differs, whole or not at all: a checkpoint may be complete already."""
-    if source.is_file():
-        content = source.read_bytes()
-        if not target.is_file() or target.read_bytes() != content:
-            _write_whole(target, content)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .updates import blocks, round_stochastically_
+from .sgd_update import blocks, round_stochastically_
 
 
 # Elements per block of the float32 copies that low precision needs: 4 MiB each, 64 MiB on accelerators.

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim import SWAN, SGDSaI, route_parameters
-from ..optim.adam import ACCELERATOR_BLOCK_NUMEL
-from ..optim.registry import OptionError
-from ..optim.routing import ADAM
-from ..optim.updates import BLOCK_NUMEL
+from .optim import SWAN, SGDSaI, route_parameters
+from .optim.adam_update import ACCELERATOR_BLOCK_NUMEL
+from .optim.registry import OptionError
+from .optim.routing import ADAM
+from .optim.sgd_update import BLOCK_NUMEL
 from .report import optimizer_state_bytes
 
 
@@ -82,7 +82,7 @@ def memory_rows(model: nn.Module, optimizers: Sequence[str] | None = None) -> li
     Example:
 
     ```python
-    from hf_sai.report.memory import memory_rows, meta_model
+    from hf_sai.memory import memory_rows, meta_model
 
     for row in memory_rows(meta_model("llama-2-7b")):
         print(row.optimizer, row.state)

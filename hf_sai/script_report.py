@@ -7,9 +7,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from ..hub.card import update_card
-from ..integration import count_measurements
-from ..report import REPORT_JSON, REPORT_PNG, GSNRReport, copy_whole, warning_instead
+from .files import copy_whole, warning_instead
+from .hub.card import update_card
+from .live import count_measurements
+from .report import REPORT_JSON, REPORT_PNG, GSNRReport
 
 
 logger = logging.getLogger(__name__)
