@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer
 
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
 from .live import splitting_mode
-from .optim.lora_pairs import adapter_pairs
+from .optim.groups import sgd_sai_groups, swan_groups
 from .optim.registry import (
     OptimizerRecord,
     OptionError,
@@ -26,7 +26,6 @@ from .optim.registry import (
     parse_options,
     split_routing,
 )
-from .optim.routing import ADAM, route_parameters, summary
 from .report import GSNRReport
 
 
@@ -178,54 +177,12 @@ def param_groups(
     """
     record = get_record(optim)
     decays = set(decay_parameter_names(model) if decay_names is None else decay_names)
-    if not record.routed:
-        lora_policy = routing.pop("lora_policy", "plain")
-        given = [*routing, *(["target_modules"] if target_modules is not None else [])]
-        if given:
-            raise OptionError(
-                f"{', '.join(given)} can't be set for {optim}, which takes all tensors alike; leave it out"
-            )
-        return _sgd_sai_groups(model, weight_decay, decays, adapter_pairs(model, lora_policy))
-    routes = route_parameters(model, _targets(target_modules), **routing)
-    logger.info("%s: %s", optim, summary([(row.route, row.reason, row.param.numel()) for row in routes]))
-    groups = []
-    for kind in ("swan", "adam"):
-        for decay in (True, False):
-            rows = [row for row in routes if (row.route == ADAM) == (kind == "adam") and (row.name in decays) == decay]
-            groups.append(
-                {
-                    "params": [(row.name, row.param) for row in rows],
-                    "weight_decay": weight_decay * decay,
-                    "kind": kind,
-                    "routes": [row.route for row in rows],
-                    "reasons": [row.reason for row in rows],
-                }
-            )
-    return _without_empty(groups)
-
-
-def _sgd_sai_groups(
-    model: nn.Module, weight_decay: float, decays: set[str], pairs: list[tuple[Tensor, Tensor]]
-) -> list[dict[str, Any]]:
-    """With and without decay; after them the pairs, likewise, A and B in turn."""
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    names: dict[Tensor, str] = {param: name for name, param in named}
-    in_pairs = {param for pair in pairs for param in pair}
-    groups: list[dict[str, Any]] = []
-    for paired in (False, True):
-        for decay in (True, False):
-            if paired:
-                chosen = [pair for pair in pairs if (names[pair[0]] in decays) == decay]
-                params = [(names[param], param) for pair in chosen for param in pair]
-            else:
-                params = [row for row in named if row[1] not in in_pairs and (row[0] in decays) == decay]
-            mark = {"paired": True} if paired else {}
-            groups.append({"params": params, "weight_decay": weight_decay * decay, **mark})
-    return _without_empty(groups)
-
-
-def _without_empty(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [group for group in groups if group["params"]]
+    if record.routed:
+        return swan_groups(model, weight_decay, decays, targets=_targets(target_modules), **routing)
+    given = [name for name in routing if name != "lora_policy"] + ["target_modules"] * (target_modules is not None)
+    if given:
+        raise OptionError(f"{', '.join(given)} can't be set for {optim}, which takes all tensors alike; leave it out")
+    return sgd_sai_groups(model, weight_decay, decays, **routing)
 
 
 def _targets(target_modules: str | list[str] | None) -> Callable[[str, nn.Module], bool] | None:

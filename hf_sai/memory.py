@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optim import SWAN, SGDSaI, route_parameters
+from .optim import SWAN, OptionError, SGDSaI
 from .optim.adam_update import ACCELERATOR_BLOCK_NUMEL
-from .optim.registry import OptionError
+from .optim.groups import swan_groups
 from .optim.routing import ADAM
-from .optim.sgd_update import BLOCK_NUMEL
-from .report import optimizer_state_bytes
+from .optim.tensors import BLOCK_NUMEL, optimizer_state_bytes
 
 
 # bitsandbytes since 0.45: blocks of 256 elements with a float32 maximum each, smaller tensors in 32 bits, and two
@@ -152,22 +151,8 @@ def _sgd_sai(state_dtype: str | None) -> Callable[[nn.Module], int]:
     return state
 
 
-def _swan(model: nn.Module) -> SWAN:
-    """Routed as in a training."""
-    routes = route_parameters(model)
-    groups = [
-        {
-            "params": [(row.name, row.param) for row in routes if (row.route == ADAM) == (kind == "adam")],
-            "routes": [row.route for row in routes if (row.route == ADAM) == (kind == "adam")],
-            "kind": kind,
-        }
-        for kind in ("swan", "adam")
-    ]
-    return SWAN([group for group in groups if group["params"]])
-
-
 def _swan_state(model: nn.Module) -> int:
-    optimizer = _swan(model)
+    optimizer = SWAN(swan_groups(model))
     optimizer.step()
     return optimizer_state_bytes(optimizer)
 
@@ -213,7 +198,7 @@ def _swan_extra(layerwise: bool) -> Callable[[nn.Module], int]:
     """What a batch to whiten takes, or Adam's float32 copies of low precision, whichever is more."""
 
     def extra(model: nn.Module) -> int:
-        optimizer = _swan(model)
+        optimizer = SWAN(swan_groups(model))
         to_adam = [row.param for row in optimizer.routes() if row.route == ADAM and row.param.dtype != torch.float32]
         copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
         return max(optimizer.whitening_bytes(one_at_a_time=layerwise), copies)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch.nn import ModuleDict, ModuleList
+from torch.nn import ModuleDict
 from torch.optim.optimizer import Optimizer
 
 from trainer_patches import parse_optim_args
@@ -26,9 +26,9 @@ from trainer_patches.script_optimizer import (
 )
 
 from .live import splitting_mode
-from .optim import route_parameters
+from .optim.groups import swan_routes_of
 from .optim.registry import OptimizerRecord, OptionError, get_record, parse_options, record_of, split_routing
-from .optim.routing import ADAM, route_by_shape, summary
+from .optim.routing import ADAM, summary
 from .script_report import ScriptReport
 
 
@@ -207,20 +207,13 @@ class Replacement:
 
     def _with_routes(self, groups: list[Group], plain: list[list[torch.Tensor]], modules: ModuleDict) -> list[Group]:
         params = [param for group in plain for param in group]
-        known: dict[torch.Tensor, tuple[str, str]] = {}
-        if (
-            modules
-        ):  # with a matrix beside them: whether there is one is asked of the whole optimizer, when it is built
-            rows = route_parameters(ModuleList([*modules.values(), torch.nn.Linear(2, 2)]), **self.routing)
-            known = {row.param: (row.route, row.reason) for row in rows}
-        lost = sum(param not in known and param.requires_grad for param in params)
+        routes, lost = swan_routes_of(params, modules.values(), **self.routing)
         if lost:
             logger.warning("%s: the modules of %d tensors were not found; routed by shape.", self.record.name, lost)
-        found = [[known.get(param) or route_by_shape(param.shape) for param in group] for group in plain]
-        counted = [(*row, param.numel()) for row, param in zip((r for g in found for r in g), params, strict=True)]
-        say(f"{self.record.name}: {summary(counted)}")
+        found = [[routes[param] for param in group] for group in plain]
+        say(f"{self.record.name}: {summary([(row.route, row.reason, row.param.numel()) for row in routes.values()])}")
         return [
-            {**group, "routes": [route for route, _ in rows], "reasons": [reason for _, reason in rows]}
+            {**group, "routes": [row.route for row in rows], "reasons": [row.reason for row in rows]}
             for group, rows in zip(groups, found, strict=True)
         ]
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers import peak_allocated
 
-from hf_sai.optim import SGDSaI, updates
+from hf_sai.optim import SGDSaI
+from hf_sai.optim import sgd_update as updates
 from hf_sai.optim.gsnr import CHUNK_NUMEL
 from hf_sai.optim.sgd_update import BLOCK_NUMEL, COMPILED_NUMEL, round_stochastically_
 

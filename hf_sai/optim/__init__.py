@@ -7,6 +7,7 @@ from .registry import OptimizerRecord, OptionError, get_record, list_records, pa
 from .routing import Route, route_parameters
 from .sgd_sai import SGDSaI
 from .swan import SWAN
+from .tensors import optimizer_state_bytes
 
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "gradient_snr",
     "list_records",
     "measure_gsnr",
+    "optimizer_state_bytes",
     "parse_options",
     "route_parameters",
 ]

@@ -82,6 +82,11 @@ class NamedOptimizer(Optimizer):
     def _advance(self) -> None:
         raise NotImplementedError
 
+    @property
+    def measurements(self) -> int:
+        """How much there is to report, to be compared with a later answer: here, tensors with a state."""
+        return len(self.state)
+
     def _params(self) -> Iterator[tuple[int, int, Tensor]]:
         """Group index, index in the group, tensor."""
         for group_index, group in enumerate(self.param_groups):

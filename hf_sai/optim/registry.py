@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
+from .checks import one_of, or_none, to_bool, to_float, to_int, to_pair, to_source
 from .gsnr import NORMALIZATIONS
 from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .lora_pairs import PAIR_POLICIES, adapter_pairs
@@ -78,90 +78,27 @@ class OptimizerRecord:
         return inspect.signature(grouping if routing else self.cls).parameters[name].default
 
 
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    return int(value)
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-
-
-def _is_none(value: Any) -> bool:
-    return value is None or str(value).lower() == "none"
-
-
-def _to_bool_or_none(value: Any) -> bool | None:
-    return None if _is_none(value) else _to_bool(value)
-
-
-def _to_state_dtype(value: Any) -> str | None:
-    if _is_none(value):
-        return None
-    name = str(value).removeprefix("torch.")
-    if name not in STATE_DTYPES:
-        raise ValueError
-    return name
-
-
-def _to_int_or_none(value: Any) -> int | None:
-    return None if _is_none(value) else _to_int(value)
-
-
-def _to_pair(value: Any) -> tuple[float, float]:
-    """`"0.9/0.95"` or a sequence: a comma separates options."""
-    first, second = re.split(r"[/,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
-    return _to_float(first), _to_float(second)
-
-
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if str(value) not in choices:
-            raise ValueError
-        return str(value)
-
-    return parse
-
-
-def _to_source(value: Any) -> Any:
-    if value == "" or isinstance(value, (bool, int, float)):
-        raise ValueError
-    return None if _is_none(value) else value
-
-
-def _to_normalization(value: Any) -> str:
-    if value is None:  # a host that reads Python literals hands on "none" as None
-        return "none"
-    if value not in NORMALIZATIONS:
-        raise ValueError
-    return str(value)
-
-
 _SGD_SAI = OptimizerRecord(
     name="sgd_sai",
     cls=SGDSaI,
     description="SGD-SaI: momentum SGD, learning-rate scale per tensor measured once; half of AdamW's state",
     options=(
-        Option("momentum", "a number", _to_float, "decay of the momentum buffer, in [0, 1); 0 keeps none"),
-        Option("eps", "a number", _to_float, "added to the gradient's standard deviation"),
-        Option("normalize", "none or max", _to_normalization, "divide g-SNR by its maximum over the model"),
-        Option("measure_steps", "a whole number", _to_int, "average g-SNR over this many first gradients"),
-        Option("maximize", "true or false", _to_bool, "ascend instead of descend"),
-        Option("foreach", "true, false or none", _to_bool_or_none, "update lists of tensors at once"),
-        Option("fused", "true, false or none", _to_bool_or_none, "one pass over memory; none chooses"),
-        Option("state_dtype", "float32, bfloat16, float16 or none", _to_state_dtype, "of the momentum buffer"),
-        Option("stochastic_rounding", "true or false", _to_bool, "of bf16 parameters"),
-        Option("gsnr", "a report: file, folder or Hub repository", _to_source, "take scales, measure nothing"),
-        Option("lora_policy", " or ".join(PAIR_POLICIES), _one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
+        Option("momentum", "a number", to_float, "decay of the momentum buffer, in [0, 1); 0 keeps none"),
+        Option("eps", "a number", to_float, "added to the gradient's standard deviation"),
+        Option("normalize", "none or max", one_of(*NORMALIZATIONS), "divide g-SNR by its maximum over the model"),
+        Option("measure_steps", "a whole number", to_int, "average g-SNR over this many first gradients"),
+        Option("maximize", "true or false", to_bool, "ascend instead of descend"),
+        Option("foreach", "true, false or none", or_none(to_bool), "update lists of tensors at once"),
+        Option("fused", "true, false or none", or_none(to_bool), "one pass over memory; none chooses"),
+        Option(
+            "state_dtype",
+            "float32, bfloat16, float16 or none",
+            or_none(one_of(*STATE_DTYPES)),
+            "of the momentum buffer",
+        ),
+        Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
+        Option("gsnr", "a report: file, folder or Hub repository", to_source, "take scales, measure nothing"),
+        Option("lora_policy", " or ".join(PAIR_POLICIES), one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
     ),
     paper="2412.11768",
     learning_rate_hint=(
@@ -175,19 +112,19 @@ _SWAN = OptimizerRecord(
     cls=SWAN,
     description="SWAN: whitened gradients without state for the matrices in the blocks, Adam for the rest",
     options=(
-        Option("whitening", " or ".join(METHODS), _one_of(*METHODS), "how matrices are whitened"),
-        Option("ns_steps", "a whole number or none", _to_int_or_none, "of the iteration; none takes the method's own"),
-        Option("whitening_dtype", " or ".join(WHITENING_DTYPES), _one_of(*WHITENING_DTYPES), "of polar_express"),
-        Option("scale", "a number", _to_float, "of the learning rate, for matrices"),
-        Option("adam_lr_ratio", "a number", _to_float, "of the learning rate, for what goes to Adam"),
-        Option("betas", "two numbers, such as 0.9/0.999", _to_pair, "Adam's"),
-        Option("eps", "a number", _to_float, "Adam's"),
-        Option("momentum", "a number", _to_float, "whiten a running mean, in [0, 1); 0 keeps none"),
-        Option("maximize", "true or false", _to_bool, "ascend instead of descend"),
-        Option("stochastic_rounding", "true or false", _to_bool, "of bf16 parameters"),
-        Option("max_batch_bytes", "a whole number or none", _to_int_or_none, "bound on whitening's extra memory"),
-        Option("lora_policy", " or ".join(LORA_POLICIES), _one_of(*LORA_POLICIES), "LoRA factors to whiten", True),
-        Option("split_qkv", "true or false", _to_bool, "whiten fused query, key and value one by one", True),
+        Option("whitening", " or ".join(METHODS), one_of(*METHODS), "how matrices are whitened"),
+        Option("ns_steps", "a whole number or none", or_none(to_int), "of the iteration; none takes the method's own"),
+        Option("whitening_dtype", " or ".join(WHITENING_DTYPES), one_of(*WHITENING_DTYPES), "of polar_express"),
+        Option("scale", "a number", to_float, "of the learning rate, for matrices"),
+        Option("adam_lr_ratio", "a number", to_float, "of the learning rate, for what goes to Adam"),
+        Option("betas", "two numbers, such as 0.9/0.999", to_pair, "Adam's"),
+        Option("eps", "a number", to_float, "Adam's"),
+        Option("momentum", "a number", to_float, "whiten a running mean, in [0, 1); 0 keeps none"),
+        Option("maximize", "true or false", to_bool, "ascend instead of descend"),
+        Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
+        Option("max_batch_bytes", "a whole number or none", or_none(to_int), "bound on whitening's extra memory"),
+        Option("lora_policy", " or ".join(LORA_POLICIES), one_of(*LORA_POLICIES), "LoRA factors to whiten", True),
+        Option("split_qkv", "true or false", to_bool, "whiten fused query, key and value one by one", True),
     ),
     paper="2412.13148",
     learning_rate_hint="start at the rate that is right for AdamW; for LoRA at a third of it",

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
+
 
 LoraPolicy = Literal["both", "b_only", "adam"]
 LORA_POLICIES = ("both", "b_only", "adam")
@@ -141,8 +143,7 @@ def route_parameters(
     Raises:
         `ValueError`: `lora_policy` is not known, or nothing is left to whiten.
     """
-    if lora_policy not in LORA_POLICIES:
-        raise ValueError(f"lora_policy must be one of {', '.join(LORA_POLICIES)} but is {lora_policy!r}; choose one")
+    check_choice("lora_policy", lora_policy, LORA_POLICIES)
     tables, heads = _embeddings_and_heads(model)
     owners: dict[Tensor, list[_Owner]] = {}
     for owner, param in _owners(model, heads):

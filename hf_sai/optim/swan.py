@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from .adam_update import AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
+from .checks import check_choice, check_flag, check_number, check_share, check_whole
 from .routing import ADAM, Layout, Route, layout_of, routes_of_group
 from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
@@ -396,31 +397,16 @@ def _adam(group: dict[str, Any], batch: AdamBatch) -> None:
 def _check_options(options: dict[str, Any]) -> None:
     """Raises `ValueError` for the first option that is out of its range."""
     for name in ("lr", "weight_decay", "eps"):
-        if not 0.0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and >= 0 but is {options[name]}; give a number such as 0.001")
+        check_number(name, options[name], "give a number such as 0.001")
     for name in ("scale", "adam_lr_ratio"):
-        if not 0.0 < options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and > 0 but is {options[name]}; the default is 3.0")
+        check_number(name, options[name], "the default is 3.0", positive=True)
     check_whitening(options["whitening"], options["ns_steps"])
-    if options["whitening_dtype"] not in WHITENING_DTYPES:
-        raise ValueError(
-            f"whitening_dtype must be one of {', '.join(WHITENING_DTYPES)} but is {options['whitening_dtype']!r}; "
-            "float32 keeps all digits"
-        )
+    check_choice("whitening_dtype", options["whitening_dtype"], WHITENING_DTYPES, "float32 keeps all digits")
     betas = options["betas"]
     if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
         raise ValueError(f"betas must be two numbers in [0, 1) but is {betas!r}; the default is (0.9, 0.999)")
-    if not 0.0 <= options["momentum"] < 1.0:
-        raise ValueError(f"momentum must be in [0, 1) but is {options['momentum']}; the paper has none, 0.0")
+    check_share("momentum", options["momentum"], "the paper has none, 0.0")
     for name in ("maximize", "stochastic_rounding"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be True or False but is {options[name]!r}; give one of the two")
-    size = options["max_batch_bytes"]
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise ValueError(
-            f"max_batch_bytes must be a whole number >= 1 or None but is {size!r}; None chooses by itself"
-        )
-    if options["kind"] not in KINDS:
-        raise ValueError(
-            f"kind must be one of {', '.join(KINDS)} but is {options['kind']!r}; 'auto' goes by the dimensions"
-        )
+        check_flag(name, options[name])
+    check_whole("max_batch_bytes", options["max_batch_bytes"], "None chooses by itself", optional=True)
+    check_choice("kind", options["kind"], KINDS, "'auto' goes by the dimensions")
