@@ -14,7 +14,7 @@ def test_every_option_is_an_argument_of_its_class_and_every_argument_an_option()
         arguments = set(inspect.signature(record.cls).parameters) - {"params", "lr", "weight_decay"}
         assert {option.name for option in record.options if not option.routing} == arguments
         routing = {option.name for option in record.options if option.routing}
-        assert routing == ({"lora_policy", "split_qkv"} if record.routed else {"lora_policy"})
+        assert routing == ({"lora_whitening", "split_qkv"} if record.needs_modules else {"lora_policy"})
 
 
 def test_defaults_read_as_text_give_themselves():

@@ -3,7 +3,15 @@
 from .gsnr import GradientMoments, TensorGSNR, gradient_moments, gradient_snr
 from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .measure import convert_lr, measure_gsnr
-from .registry import OptimizerRecord, OptionError, get_record, list_records, parse_options
+from .registry import (
+    OptimizerRecord,
+    OptionError,
+    get_record,
+    list_records,
+    parse_options,
+    register_record,
+    unregister_record,
+)
 from .routing import Route, route_parameters
 from .sgd_sai import SGDSaI
 from .swan import SWAN
@@ -28,5 +36,7 @@ __all__ = [
     "measure_gsnr",
     "optimizer_state_bytes",
     "parse_options",
+    "register_record",
     "route_parameters",
+    "unregister_record",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .lora_pairs import PairPolicy, adapter_pairs
-from .routing import ADAM, LoraPolicy, Route, route_by_shape, route_parameters, summary
+from .routing import ADAM, LoraPolicy, route_by_shape, route_parameters, summary
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def sgd_sai_groups(
     lora_policy: PairPolicy = "plain",
 ) -> list[Group]:
     """
-    SGD-SaI's groups: with and without decay; after them LoRA's pairs, likewise, A and B in turn.
+    SGD-SaI's groups: with and without decay; after them LoRA's pairs, likewise, A and B in turn. All hold the policy.
 
     Args:
         model, weight_decay, decay_names: As in [`plain_groups`].
@@ -57,17 +57,19 @@ def sgd_sai_groups(
     pairs = adapter_pairs(model, lora_policy)
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     names: dict[Tensor, str] = {param: name for name, param in named}
+    chosen = {} if lora_policy == "plain" else {"lora_policy": lora_policy}  # SGDSaI's default is plain
     in_pairs = {param for pair in pairs for param in pair}
     groups: list[Group] = []
     for paired in (False, True):
         for decay in (True, False):
             if paired:
-                chosen = [pair for pair in pairs if (names[pair[0]] in decay_names) == decay]
-                params = [(names[param], param) for pair in chosen for param in pair]
+                mine = [pair for pair in pairs if (names[pair[0]] in decay_names) == decay]
+                params = [(names[param], param) for pair in mine for param in pair]
             else:
                 params = [row for row in named if row[1] not in in_pairs and (row[0] in decay_names) == decay]
-            mark = {"paired": True} if paired else {}
-            groups.append({"params": params, "weight_decay": weight_decay * decay, **mark})
+            groups.append({"params": params, "weight_decay": weight_decay * decay, **chosen})
+            if paired:
+                groups[-1]["paired"] = True
     return _without_empty(groups)
 
 
@@ -75,22 +77,36 @@ def swan_groups(
     model: nn.Module,
     weight_decay: float = 0.0,
     decay_names: Collection[str] = (),
-    lora_policy: LoraPolicy = "b_only",
+    lora_whitening: LoraPolicy = "b_only",
     split_qkv: bool = False,
+    target_modules: str | list[str] | None = None,
     targets: Targets | None = None,
 ) -> list[Group]:
     """
     SWAN's groups: matrices to whiten, and what goes to Adam, each with and without decay; with routes and reasons.
 
+    All hold what was chosen: `lora_whitening`, `split_qkv` and `target_modules`.
+
     Args:
         model, weight_decay, decay_names: As in [`plain_groups`].
-        lora_policy, split_qkv, targets: As in [`hf_sai.optim.route_parameters`].
+        lora_whitening (`str`, *optional*, defaults to `"b_only"`): `lora_policy` of
+            [`hf_sai.optim.route_parameters`].
+        split_qkv, targets: As in [`hf_sai.optim.route_parameters`].
+        target_modules (`str` or `list[str]`, *optional*): What `targets` was made of, for the groups to hold.
 
     Raises:
-        `ValueError`: `lora_policy` is not known, or nothing is left to whiten.
+        `ValueError`: `lora_whitening` is not known, nothing is left to whiten, or `target_modules` came alone.
     """
-    routes = route_parameters(model, targets, lora_policy, split_qkv)
-    logger.info("SWAN: %s", summary([(row.route, row.reason, row.param.numel()) for row in routes]))
+    if target_modules is not None and targets is None:
+        raise ValueError(
+            f"target_modules must come with targets, the rule made of it, but is {target_modules!r} alone; "
+            "hf_sai.param_groups(model, 'swan', target_modules=...) makes the rule"
+        )
+    if target_modules is not None and not isinstance(target_modules, str):
+        target_modules = [str(each) for each in target_modules]
+    routes = route_parameters(model, targets, lora_whitening, split_qkv)
+    chosen = {"lora_whitening": lora_whitening, "split_qkv": split_qkv, "target_modules": target_modules}
+    logger.info("swan: %s", summary([(row.route, row.reason, row.param.numel()) for row in routes]))
     groups = []
     for kind in ("swan", "adam"):
         for decay in (True, False):
@@ -103,34 +119,44 @@ def swan_groups(
                     "kind": kind,
                     "routes": [row.route for row in rows],
                     "reasons": [row.reason for row in rows],
+                    **chosen,
                 }
             )
     return _without_empty(groups)
 
 
-def swan_routes_of(
-    params: Iterable[Tensor],
+def swan_groups_of(
+    groups: list[Group],
     modules: Collection[nn.Module],
-    lora_policy: LoraPolicy = "b_only",
+    lora_whitening: LoraPolicy = "b_only",
     split_qkv: bool = False,
-) -> tuple[dict[Tensor, Route], int]:
+) -> tuple[list[Group], int, str]:
     """
-    Routes of tensors that came without a model, from the modules that are found to hold them, or else by shape.
+    Groups that came without a model, with SWAN's routes from the modules that are found to hold their tensors, or else
+    by shape.
 
     Args:
-        params (iterable of `torch.Tensor`): What is to be trained.
+        groups (`list[dict]`): Whose `"params"` are `("name", tensor)` pairs.
         modules (collection of `torch.nn.Module`): That hold them.
-        lora_policy, split_qkv: As in [`hf_sai.optim.route_parameters`].
+        lora_whitening, split_qkv: As in [`swan_groups`].
 
     Returns:
-        `tuple`: Each tensor's route, and how many trainable ones no module was found for.
+        `tuple`: The groups, how many trainable tensors no module was found for, and one line that sums the routes up.
     """
-    known: dict[Tensor, Route] = {}
+    known: dict[Tensor, tuple[str, str]] = {}
     if modules:  # with a matrix beside them: whether there is one is asked of the whole optimizer, when it is built
         tree = nn.ModuleList([*modules, nn.Linear(2, 2)])
-        known = {row.param: row for row in route_parameters(tree, lora_policy=lora_policy, split_qkv=split_qkv)}
-    found = {param: known.get(param) or Route("", param, *route_by_shape(param.shape)) for param in params}
-    return found, sum(param not in known and param.requires_grad for param in found)
+        rows = route_parameters(tree, lora_policy=lora_whitening, split_qkv=split_qkv)
+        known = {row.param: (row.route, row.reason) for row in rows}
+    routed, lost, counted = [], 0, []
+    for group in groups:
+        params = [param for _, param in group["params"]]
+        found = [known.get(param) or route_by_shape(param.shape) for param in params]
+        lost += sum(param not in known and param.requires_grad for param in params)
+        counted += [(*row, param.numel()) for row, param in zip(found, params, strict=True)]
+        chosen = {"lora_whitening": lora_whitening, "split_qkv": split_qkv}
+        routed.append({**group, **chosen, "routes": [row[0] for row in found], "reasons": [row[1] for row in found]})
+    return routed, lost, summary(counted)
 
 
 def _without_empty(groups: Iterable[Group]) -> list[Group]:

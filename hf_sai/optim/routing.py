@@ -136,7 +136,8 @@ def route_parameters(
             `get_output_embeddings()`, what stands outside `base_model`); a tied head is an embedding.
         targets (callable, *optional*): From a module's name and the module to whether its matrices may be whitened;
             all others go to Adam. `None` means all may.
-        lora_policy (`str`, *optional*, defaults to `"b_only"`): Which factors of an adapter are whitened.
+        lora_policy (`str`, *optional*, defaults to `"b_only"`): Which factors of an adapter are whitened; what
+            a user sets as SWAN's option `lora_whitening`.
         split_qkv (`bool`, *optional*, defaults to `False`): Whether a layer that makes query, key and value at once is
             whitened as three matrices. Whole, its largest singular direction is shared by the three.
 
@@ -157,7 +158,8 @@ def route_parameters(
         reasons = sorted({route.reason for route in routes})
         raise ValueError(
             f"SWAN needs at least one matrix, but all {len(routes)} trainable parameters go to Adam "
-            f"({'; '.join(reasons)}); widen target_modules or lora_policy, or choose another optimizer"
+            f"({'; '.join(reasons)}); widen target_modules or lora_policy (in optim_args: "
+            "lora_whitening), or choose another optimizer"
         )
     return routes
 
@@ -259,7 +261,7 @@ def _route(
     if owner.lora == "other":
         return ADAM, "adapter's embedding or magnitude"
     if owner.lora and (lora_policy == "adam" or (lora_policy == "b_only" and owner.lora == "a")):
-        return ADAM, f"LoRA {owner.lora.upper()}, by lora_policy={lora_policy}"
+        return ADAM, f"LoRA {owner.lora.upper()}, by lora_whitening={lora_policy}"
     layout, reason = _layout(param, owner, split_qkv)
     if layout is None:
         return ADAM, reason

@@ -25,6 +25,8 @@ class MeasuredScales(NamedOptimizer):
     The state of a tensor holds `gsnr`, `gsnr_step`, `gsnr_count`, `gsnr_fallback` and `gsnr_given`; see [`SGDSaI`].
     """
 
+    _progress = ("lr", "step", "gsnr_max", "gsnr_max_step")
+
     def gsnr_statistics(self) -> list[TensorGSNR]:
         """
         What has been measured, one row per tensor in the order of the groups. Reads no device memory.

@@ -18,10 +18,10 @@ from torch.optim.optimizer import ParamsT
 from .base import check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
 from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
-from .lora_pairs import bounded, check_pairs, norm_of
+from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norm_of
 from .scales import MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
-from .tensors import gradient_of, is_sharded, local
+from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
 
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,7 @@ class SGDSaI(MeasuredScales):
             "stochastic_rounding": stochastic_rounding,
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
             "paired": False,
+            "lora_policy": "plain",
             # Not options, but they decide updates and so live where state_dict() saves them. Equal in every group.
             "step": 0,
             "gsnr_max": 0.0,
@@ -182,8 +183,16 @@ class SGDSaI(MeasuredScales):
         shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
         shared["params"] = self._with_names(param_group["params"])
         if merged["paired"]:
+            shared["lora_policy"] = "paired"
             check_pairs([each[1] if isinstance(each, tuple) else each for each in shared["params"]])
         super().add_param_group({**param_group, "state_dtype": merged["state_dtype"], **shared})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A state of before groups held the policy.
+        policy = "paired" if any(group.get("paired") for group in state["param_groups"]) else "plain"
+        for group in state["param_groups"]:
+            group.setdefault("lora_policy", policy)
+        super().__setstate__(state)
 
     def _advance(self) -> None:
         """Measures what is not settled, and updates every tensor that has a gradient."""
@@ -210,17 +219,15 @@ class SGDSaI(MeasuredScales):
         super().load_state_dict(state_dict)
         self._restore_buffers(state_dict)
 
-    def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
-        """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""
-        names = [name for name in self.defaults if name not in ("lr", "step", "gsnr_max", "gsnr_max_step")]
-        changed = {
-            f"{name}={saved[name]} (not {group[name]})"
-            for group, saved in zip(self.param_groups, saved_groups, strict=False)
-            for name in names
-            if name in saved and saved[name] != group[name]
-        }
-        if changed:
-            logger.warning("The loaded state goes on with its own options: %s.", ", ".join(sorted(changed)))
+    def extra_bytes(self) -> int:
+        """The most that an update needs for a while: float32 copies, a block at a time."""
+        found = 0
+        for group_index, _, param in self._params():
+            kept = self.param_groups[group_index]["state_dtype"]
+            dtypes = (param.dtype, param.dtype, STATE_DTYPES[kept] if kept else param.dtype)
+            narrow = sum(dtype != torch.float32 for dtype in dtypes)
+            found = max(found, narrow * 4 * min(param.numel(), BLOCK_NUMEL))
+        return found
 
     def _restore_buffers(self, state_dict: dict[str, Any]) -> None:
         """
@@ -354,6 +361,7 @@ def _check_options(options: dict[str, Any]) -> None:
     check_share("momentum", options["momentum"], "the paper uses 0.9")
     learning_rate = "choose one (the learning rate depends on it)"
     check_choice("normalize", options["normalize"], NORMALIZATIONS, learning_rate)
+    check_choice("lora_policy", options["lora_policy"], PAIR_POLICIES)
     check_whole("measure_steps", options["measure_steps"], "the paper uses 1")
     for name in ("maximize", "stochastic_rounding"):
         check_flag(name, options[name])

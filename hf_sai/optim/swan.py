@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam_update import AdamBatch, adam_update, new_adam_state
+from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
-from .routing import ADAM, Layout, Route, layout_of, routes_of_group
+from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
 from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
@@ -112,6 +112,8 @@ class SWAN(NamedOptimizer):
     ```
     """
 
+    _chosen = ("lora_whitening", "split_qkv", "target_modules")
+
     def __init__(
         self,
         params: ParamsT,
@@ -145,6 +147,10 @@ class SWAN(NamedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "max_batch_bytes": max_batch_bytes,
             "kind": "auto",
+            # What hf_sai.param_groups made the groups by. `None`: no module was asked.
+            "lora_whitening": None,
+            "split_qkv": False,
+            "target_modules": None,
         }
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -204,6 +210,12 @@ class SWAN(NamedOptimizer):
         ]
         return max((BYTES_PER_ELEMENT * count * numel for count, numel in counts), default=0)
 
+    def extra_bytes(self, one_at_a_time: bool = False) -> int:
+        """The most that a step needs for a while: as `whitening_bytes`, or Adam's float32 copies of low precision."""
+        to_adam = [row.param for row in self.routes() if row.route == ADAM and row.param.dtype != torch.float32]
+        copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
+        return max(self.whitening_bytes(one_at_a_time), copies)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Loads what `state_dict()` gave, Adam's moments in float32 whatever the parameters' dtype.
@@ -212,6 +224,7 @@ class SWAN(NamedOptimizer):
             `ValueError`: The state was written by another optimizer.
         """
         check_writer("SWAN", state_dict)
+        self._warn_of_other_options(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for saved_id, (_, _, param) in zip(saved_ids, self._params(), strict=True):
@@ -409,4 +422,6 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("maximize", "stochastic_rounding"):
         check_flag(name, options[name])
     check_whole("max_batch_bytes", options["max_batch_bytes"], "None chooses by itself", optional=True)
+    check_choice("lora_whitening", options["lora_whitening"], LORA_POLICIES, optional=True)
+    check_flag("split_qkv", options["split_qkv"])
     check_choice("kind", options["kind"], KINDS, "'auto' goes by the dimensions")
