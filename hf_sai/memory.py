@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .optim import OptimizerRecord, OptionError, list_records, optimizer_state_bytes
+from .optim.base import NamedOptimizer
 
 
 # bitsandbytes since 0.45: blocks of 256 elements with a float32 maximum each, smaller tensors in 32 bits, and two
@@ -137,14 +138,21 @@ def _adafactor(params: list[nn.Parameter]) -> Any:
 
 
 def _ours(record: OptimizerRecord, **options: Any) -> _Kind:
-    """Grouped as in a training. Ours make their state for every trainable tensor in a first step without gradients."""
+    """
+    Grouped as in a training. A [`NamedOptimizer`] makes its state for every trainable tensor in a first step without
+    gradients, others only with them.
+    """
 
     def made(model: nn.Module) -> Any:
         return record.cls(record.grouping(model), **{"lr": 1e-3, **options})
 
     def state(model: nn.Module) -> int:
         optimizer = made(model)
+        if not isinstance(optimizer, NamedOptimizer):
+            for param in _trained(model):
+                param.grad = torch.empty_like(param)
         optimizer.step()
+        optimizer.zero_grad()
         return optimizer_state_bytes(optimizer)
 
     def extra(model: nn.Module) -> int:
