@@ -192,6 +192,8 @@ def param_groups(
     record = get_record(optim)
     decays = set(decay_parameter_names(model) if decay_names is None else decay_names)
     chosen = {record.spelling(name): value for name, value in routing.items()}
+    if len(chosen) < len(routing):
+        raise OptionError(f"{', '.join(routing)} of {optim} are two names of one option; leave the older one out")
     if target_modules is not None:
         chosen["target_modules"] = target_modules
     accepted = inspect.signature(record.grouping).parameters

@@ -81,6 +81,8 @@ def test_the_older_name_of_an_option_still_works_but_not_beside_the_new_one():
         assert {group["lora_whitening"] for group in groups} == {"both"}
     with pytest.raises(OptionError, match="lora_whitening of swan must be given once, but lora_whitening is it too"):
         hf_sai.create_optimizer("swan", tiny_lora(), lora_policy="both", lora_whitening="b_only")
+    with pytest.raises(OptionError, match="lora_policy, lora_whitening of swan are two names of one option"):
+        hf_sai.param_groups(tiny_lora(), "swan", lora_policy="both", lora_whitening="b_only")
 
 
 @pytest.mark.parametrize(
