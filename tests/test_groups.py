@@ -118,14 +118,14 @@ def test_a_checkpoint_that_goes_on_with_another_choice_says_so(caplog):
     model = tiny_llama()
     optimizer = hf_sai.create_optimizer("swan", model, split_qkv=True, betas=(0.8, 0.9))
     stepped(optimizer, model)
-    other = hf_sai.create_optimizer("swan", tiny_llama(), target_modules="all-linear")
+    other = hf_sai.create_optimizer("swan", tiny_llama(), target_modules="all-linear", betas=(0.8, 0.9))
     state = saved_and_loaded(optimizer.state_dict())
     for group in state["param_groups"]:
-        group["betas"] = list(group["betas"])
+        group["betas"] = list(group["betas"])  # as JSON gives them back
     other.load_state_dict(state)
     assert [record.getMessage() for record in caplog.records] == [
-        "The loaded state goes on with its own options: betas=[0.8, 0.9] (not (0.9, 0.999)), split_qkv=True (not "
-        "False), target_modules=None (not all-linear)."
+        "The loaded state goes on with its own options: split_qkv=True (not False), target_modules=None (not "
+        "all-linear)."
     ]
     assert chosen(other) == ("b_only", True, None)
     caplog.clear()
