@@ -25,8 +25,17 @@ if TYPE_CHECKING:
         unregister,
     )
     from .live import OptimizerMismatchError, assert_optimizer
-    from .optim import SWAN, OptionError, SGDSaI, SGDSaILayerwise, SWANLayerwise, convert_lr, measure_gsnr
-    from .report import GSNRReport, optimizer_state_bytes
+    from .optim import (
+        SWAN,
+        OptionError,
+        SGDSaI,
+        SGDSaILayerwise,
+        SWANLayerwise,
+        convert_lr,
+        measure_gsnr,
+        optimizer_state_bytes,
+    )
+    from .report import GSNRReport
     from .trainer import SaITrainer, SaITrainerMixin, make_trainer
 
 _HOME = {
@@ -47,7 +56,7 @@ _HOME = {
     "make_trainer": ".trainer",
     "measure_gsnr": ".optim",
     "optimizer_cls_and_kwargs": ".integration",
-    "optimizer_state_bytes": ".report",
+    "optimizer_state_bytes": ".optim",
     "param_groups": ".integration",
     "register": ".integration",
     "unregister": ".integration",

@@ -276,7 +276,7 @@ def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
     if args.learning_rate != defaults.get("learning_rate"):
         return
     record = next(record for record in list_records() if record.name == optim_name(args))
-    if record.routed:  # its learning rates are AdamW's
+    if record.adam_rates:
         return
     logger.warning(
         "learning_rate is %g, the default of %s, which is made for Adam; %s needs another: %s.",

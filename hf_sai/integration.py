@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer
 
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
 from .live import splitting_mode
-from .optim.lora_pairs import adapter_pairs
 from .optim.registry import (
     OptimizerRecord,
     OptionError,
@@ -25,8 +25,8 @@ from .optim.registry import (
     list_records,
     parse_options,
     split_routing,
+    watch_records,
 )
-from .optim.routing import ADAM, route_parameters, summary
 from .report import GSNRReport
 
 
@@ -45,12 +45,22 @@ def register() -> None:
         `trainer_patches.UnsupportedHostError`: The installed transformers is not one that this works with.
     """
     for record in list_records():
-        trainer_patches.add_optimizer(record.name, _handlers[record.name])
+        _on_record(record, True)
+    watch_records(_on_record)
 
 
 def unregister() -> None:
     """Undoes [`register`]: the host's enum, table and parser are as they were."""
+    watch_records(_on_record, watching=False)
     for record in list_records():
+        _on_record(record, False)
+
+
+def _on_record(record: OptimizerRecord, there: bool) -> None:
+    """Adds a record to the host's choices, or takes it out of them."""
+    if there:
+        trainer_patches.add_optimizer(record.name, functools.partial(_handle, record))
+    else:
         trainer_patches.remove_optimizer(record.name)
 
 
@@ -95,9 +105,10 @@ def optimizer_cls_and_kwargs(
         kwargs["weight_decay"] = weight_decay
     if model is not None:
         kwargs["params"] = param_groups(model, name, weight_decay or 0.0, target_modules=target_modules, **routing)
-    elif record.routed or routing:
+    elif record.needs_modules or routing:
+        asked_for = "" if record.needs_modules else f" with {', '.join(routing)}"
         raise OptionError(
-            f"{name}{' with lora_policy' * (not record.routed)} is routed by the model's modules, but this route was "
+            f"{name}{asked_for} is routed by the model's modules, but this route was "
             "given no model; pass model=, the one that the trainer trains (with its adapter), or set optim= in the "
             "arguments instead"
         )
@@ -156,6 +167,7 @@ def param_groups(
     Named parameter groups of a model: with weight decay, and (biases and norms) without.
 
     SWAN's are split once more, into `kind="swan"` and `kind="adam"`, and hold each parameter's route and the reason.
+    All hold what was chosen (`lora_policy`; `lora_whitening`, `split_qkv`, `target_modules`), so that a state has it.
     SGD-SaI's are with `lora_policy="paired"`: LoRA's A and B stand in turn in groups with `paired=True`.
 
     Args:
@@ -166,8 +178,9 @@ def param_groups(
         target_modules (`str` or `list[str]`, *optional*): The modules that SWAN may whiten, as the host's
             `optim_target_modules` has it: a regular expression for the whole name, a list of names, parts of names or
             expressions, or `"all-linear"`. Defaults to all.
-        routing: SWAN's `lora_policy` and `split_qkv`, see [`hf_sai.optim.route_parameters`]; SGD-SaI's `lora_policy`,
-            see [`hf_sai.optim.lora_pairs.adapter_pairs`].
+        routing: SWAN's `lora_whitening` (once `lora_policy`, which still works) and `split_qkv`, see
+            [`hf_sai.optim.groups.swan_groups`]; SGD-SaI's `lora_policy`, see
+            [`hf_sai.optim.lora_pairs.adapter_pairs`].
 
     Returns:
         `list[dict]`: Groups whose `"params"` are `("name", tensor)` pairs. An empty one is left out.
@@ -178,54 +191,20 @@ def param_groups(
     """
     record = get_record(optim)
     decays = set(decay_parameter_names(model) if decay_names is None else decay_names)
-    if not record.routed:
-        lora_policy = routing.pop("lora_policy", "plain")
-        given = [*routing, *(["target_modules"] if target_modules is not None else [])]
-        if given:
-            raise OptionError(
-                f"{', '.join(given)} can't be set for {optim}, which takes all tensors alike; leave it out"
-            )
-        return _sgd_sai_groups(model, weight_decay, decays, adapter_pairs(model, lora_policy))
-    routes = route_parameters(model, _targets(target_modules), **routing)
-    logger.info("%s: %s", optim, summary([(row.route, row.reason, row.param.numel()) for row in routes]))
-    groups = []
-    for kind in ("swan", "adam"):
-        for decay in (True, False):
-            rows = [row for row in routes if (row.route == ADAM) == (kind == "adam") and (row.name in decays) == decay]
-            groups.append(
-                {
-                    "params": [(row.name, row.param) for row in rows],
-                    "weight_decay": weight_decay * decay,
-                    "kind": kind,
-                    "routes": [row.route for row in rows],
-                    "reasons": [row.reason for row in rows],
-                }
-            )
-    return _without_empty(groups)
-
-
-def _sgd_sai_groups(
-    model: nn.Module, weight_decay: float, decays: set[str], pairs: list[tuple[Tensor, Tensor]]
-) -> list[dict[str, Any]]:
-    """With and without decay; after them the pairs, likewise, A and B in turn."""
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    names: dict[Tensor, str] = {param: name for name, param in named}
-    in_pairs = {param for pair in pairs for param in pair}
-    groups: list[dict[str, Any]] = []
-    for paired in (False, True):
-        for decay in (True, False):
-            if paired:
-                chosen = [pair for pair in pairs if (names[pair[0]] in decays) == decay]
-                params = [(names[param], param) for pair in chosen for param in pair]
-            else:
-                params = [row for row in named if row[1] not in in_pairs and (row[0] in decays) == decay]
-            mark = {"paired": True} if paired else {}
-            groups.append({"params": params, "weight_decay": weight_decay * decay, **mark})
-    return _without_empty(groups)
-
-
-def _without_empty(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [group for group in groups if group["params"]]
+    chosen = {record.spelling(name): value for name, value in routing.items()}
+    if len(chosen) < len(routing):
+        raise OptionError(f"{', '.join(routing)} of {optim} are two names of one option; leave the older one out")
+    if target_modules is not None:
+        chosen["target_modules"] = target_modules
+    accepted = inspect.signature(record.grouping).parameters
+    refused = [name for name in chosen if name not in accepted]
+    if refused:
+        raise OptionError(
+            f"{', '.join(refused)} can't be set for {optim}, which takes all tensors alike; leave it out"
+        )
+    if target_modules is not None:
+        chosen["targets"] = _targets(target_modules)
+    return record.grouping(model, weight_decay, decays, **chosen)
 
 
 def _targets(target_modules: str | list[str] | None) -> Callable[[str, nn.Module], bool] | None:
@@ -235,6 +214,13 @@ def _targets(target_modules: str | list[str] | None) -> Callable[[str, nn.Module
     if isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
         return lambda name, module: isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     return lambda name, module: target_module_matches(target_modules, name)
+
+
+# The host's settings for Adam, by the argument that they are of a constructor here.
+_HOST_SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "betas": lambda args: (args.adam_beta1, args.adam_beta2),
+    "eps": lambda args: args.adam_epsilon,
+}
 
 
 @contextlib.contextmanager
@@ -252,28 +238,31 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     args = context.args
     _refuse_unsupported_modes(record, args)
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    if record.routed:
-        kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    kwargs |= {name: _HOST_SETTINGS[name](args) for name in record.host_settings}
     options, routing = _typed_options(record, context.optim_args)
     kwargs |= options
     shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")
     logger.info("optim=%s: %s", record.name, shown)
+    grouped = list(routing)
     if getattr(args, "optim_target_modules", None) is not None:
         routing["target_modules"] = args.optim_target_modules
     own_groups = settings_of_own_groups(args)
-    grouped = record.routed or routing.get("lora_policy") == "paired"
-    if grouped and (own_groups or context.model is None):
+    if (record.needs_modules or grouped) and (own_groups or context.model is None):
         reason = f"the trainer's {own_groups[0]} makes" if own_groups else "the trainer gives no model and makes"
         raise OptionError(
             f"optim={record.name!r} is routed by the model's modules, but {reason} groups without them; leave out "
-            "learning rates for parts of the model (embedding_learning_rate in Unsloth), or use optim='sgd_sai'"
-            + " without lora_policy"
-            * (not record.routed)
+            "learning rates for parts of the model (embedding_learning_rate in Unsloth), or "
+            + (_without_modules() if record.needs_modules else f"leave out {', '.join(grouped)}")
         )
     if context.model is not None and not own_groups:
         names = _decay_rule.get()(context.model)
         kwargs["params"] = param_groups(context.model, record.name, args.weight_decay, decay_names=names, **routing)
     return record.cls, kwargs
+
+
+def _without_modules() -> str:
+    names = [record.name for record in list_records() if not (record.needs_modules or record.layerwise)]
+    return f"use optim={names[0]!r}" if names else "choose another optimizer"
 
 
 def _typed_options(record: OptimizerRecord, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -301,7 +290,6 @@ def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
         )
     if not record.layerwise:
         return
-    ordinary = record.name.removesuffix("_layerwise")
     for field, needed in (
         ("max_grad_norm", 0),  # there is nothing left to clip when all gradients are known
         ("gradient_accumulation_steps", 1),
@@ -312,8 +300,5 @@ def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
         if value != needed and value is not None:
             raise OptionError(
                 f"optim={record.name!r} updates inside the backward pass and needs {field}={needed}, but it is "
-                f"{value}; set it so, or use optim={ordinary!r}"
+                f"{value}; set it so, or use optim={record.ordinary!r}"
             )
-
-
-_handlers = {record.name: functools.partial(_handle, record) for record in list_records()}

@@ -58,13 +58,10 @@ def name_parameters(optimizer: Optimizer, model: nn.Module) -> None:
 
 def count_measurements(optimizer: Any) -> int:
     """
-    How much there is to report, to be compared with a later answer: gradients that were measured, and tensors with a
-    given scale that began to move; of SWAN all with a state.
+    How much there is to report, to be compared with a later answer; what [`hf_sai.optim.base.NamedOptimizer`] does not
+    say of itself is said by the number of tensors with a state.
     """
-    if not hasattr(optimizer, "gsnr_statistics"):
-        return len(optimizer.state)
-    states = optimizer.state.values()
-    return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
+    return getattr(optimizer, "measurements", len(optimizer.state))
 
 
 def splitting_mode(args: Any | None = None) -> str | None:

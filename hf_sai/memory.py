@@ -7,7 +7,6 @@ bytes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optim import SWAN, SGDSaI, route_parameters
-from .optim.adam_update import ACCELERATOR_BLOCK_NUMEL
-from .optim.registry import OptionError
-from .optim.routing import ADAM
-from .optim.sgd_update import BLOCK_NUMEL
-from .report import optimizer_state_bytes
+from .optim import OptimizerRecord, OptionError, list_records, optimizer_state_bytes
+from .optim.base import NamedOptimizer
 
 
 # bitsandbytes since 0.45: blocks of 256 elements with a float32 maximum each, smaller tensors in 32 bits, and two
@@ -101,10 +96,11 @@ def memory_rows(model: nn.Module, optimizers: Sequence[str] | None = None) -> li
         )
     weights = _bytes([*model.parameters(), *model.buffers()])
     rows = []
-    for name in OPTIMIZERS if optimizers is None else optimizers:
-        if name not in OPTIMIZERS:
-            raise OptionError(f"{name!r} is not an optimizer of this table; choose of: {', '.join(OPTIMIZERS)}")
-        kind = OPTIMIZERS[name]
+    kinds = all_kinds()
+    for name in kinds if optimizers is None else optimizers:
+        if name not in kinds:
+            raise OptionError(f"{name!r} is not an optimizer of this table; choose of: {', '.join(kinds)}")
+        kind = kinds[name]
         gradients = max(_bytes([param]) for param in trained) if kind.layerwise else _bytes(trained)
         rows.append(MemoryRow(name, weights, gradients, kind.state(model), kind.extra(model), kind.made))
     return rows
@@ -141,35 +137,29 @@ def _adafactor(params: list[nn.Parameter]) -> Any:
     return Adafactor(params, lr=1e-3, scale_parameter=False, relative_step=False)
 
 
-def _sgd_sai(state_dtype: str | None) -> Callable[[nn.Module], int]:
-    """Ours make their state for every trainable tensor in a first step, with or without gradients."""
+def _ours(record: OptimizerRecord, **options: Any) -> _Kind:
+    """
+    Grouped as in a training. A [`NamedOptimizer`] makes its state for every trainable tensor in a first step without
+    gradients, others only with them.
+    """
+
+    def made(model: nn.Module) -> Any:
+        return record.cls(record.grouping(model), **{"lr": 1e-3, **options})
 
     def state(model: nn.Module) -> int:
-        optimizer = SGDSaI(_trained(model), state_dtype=state_dtype)
+        optimizer = made(model)
+        if not isinstance(optimizer, NamedOptimizer):
+            for param in _trained(model):
+                param.grad = torch.empty_like(param)
         optimizer.step()
+        optimizer.zero_grad()
         return optimizer_state_bytes(optimizer)
 
-    return state
+    def extra(model: nn.Module) -> int:
+        optimizer = made(model)
+        return optimizer.extra_bytes() if hasattr(optimizer, "extra_bytes") else 0
 
-
-def _swan(model: nn.Module) -> SWAN:
-    """Routed as in a training."""
-    routes = route_parameters(model)
-    groups = [
-        {
-            "params": [(row.name, row.param) for row in routes if (row.route == ADAM) == (kind == "adam")],
-            "routes": [row.route for row in routes if (row.route == ADAM) == (kind == "adam")],
-            "kind": kind,
-        }
-        for kind in ("swan", "adam")
-    ]
-    return SWAN([group for group in groups if group["params"]])
-
-
-def _swan_state(model: nn.Module) -> int:
-    optimizer = _swan(model)
-    optimizer.step()
-    return optimizer_state_bytes(optimizer)
+    return _Kind(state, extra, record.layerwise)
 
 
 def _eight_bit_state(model: nn.Module) -> int:
@@ -196,42 +186,26 @@ def _adafactor_extra(model: nn.Module) -> int:
     return max(param.numel() * 4 * (3 if param.dtype == torch.float32 else 5) for param in _trained(model))
 
 
-def _sgd_sai_extra(state_dtype: torch.dtype | None) -> Callable[[nn.Module], int]:
-    """float32 copies of what is not float32, a block at a time; none where torch's kernel does it."""
-
-    def extra(model: nn.Module) -> int:
-        found = 0
-        for param in _trained(model):
-            narrow = [dtype != torch.float32 for dtype in (param.dtype, param.dtype, state_dtype or param.dtype)]
-            found = max(found, sum(narrow) * 4 * min(param.numel(), BLOCK_NUMEL))
-        return found
-
-    return extra
-
-
-def _swan_extra(layerwise: bool) -> Callable[[nn.Module], int]:
-    """What a batch to whiten takes, or Adam's float32 copies of low precision, whichever is more."""
-
-    def extra(model: nn.Module) -> int:
-        optimizer = _swan(model)
-        to_adam = [row.param for row in optimizer.routes() if row.route == ADAM and row.param.dtype != torch.float32]
-        copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
-        return max(optimizer.whitening_bytes(one_at_a_time=layerwise), copies)
-
-    return extra
-
-
-OPTIMIZERS: dict[str, _Kind] = {
+_OF_OTHERS: dict[str, _Kind] = {
     "adamw": _Kind(_stepped(lambda params: torch.optim.AdamW(params, foreach=False)), _nothing),
     "adamw_8bit": _Kind(_eight_bit_state, _nothing, made=False),
     "adafactor": _Kind(_stepped(_adafactor), _adafactor_extra),
     "sgd": _Kind(_stepped(lambda params: torch.optim.SGD(params, momentum=0.9, foreach=False)), _nothing),
-    "sgd_sai": _Kind(_sgd_sai(None), _sgd_sai_extra(None)),
-    "sgd_sai_bf16_state": _Kind(_sgd_sai("bfloat16"), _sgd_sai_extra(torch.bfloat16)),
-    "swan": _Kind(_swan_state, _swan_extra(False)),
 }
-OPTIMIZERS["sgd_sai_layerwise"] = dataclasses.replace(OPTIMIZERS["sgd_sai"], layerwise=True)
-OPTIMIZERS["swan_layerwise"] = _Kind(_swan_state, _swan_extra(True), layerwise=True)
+
+
+def all_kinds() -> dict[str, _Kind]:
+    """What can be computed: of torch and hosts, and every record; ordinary ones first."""
+    found = dict(_OF_OTHERS)
+    for record in sorted(list_records(), key=lambda record: record.layerwise):
+        found[record.name] = _ours(record)
+        if not record.layerwise and any(option.name == "state_dtype" for option in record.options):
+            found[f"{record.name}_bf16_state"] = _ours(record, state_dtype="bfloat16")
+    return found
+
+
+# Of the records that were there on import; `all_kinds()` has later ones too.
+OPTIMIZERS = all_kinds()
 
 
 # ---- models without weights ----

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch.nn import ModuleDict, ModuleList
 from torch.optim.optimizer import Optimizer
 
 from trainer_patches import parse_optim_args
@@ -26,9 +25,8 @@ from trainer_patches.script_optimizer import (
 )
 
 from .live import splitting_mode
-from .optim import route_parameters
 from .optim.registry import OptimizerRecord, OptionError, get_record, parse_options, record_of, split_routing
-from .optim.routing import ADAM, route_by_shape, summary
+from .optim.routing import ADAM
 from .script_report import ScriptReport
 
 
@@ -47,7 +45,7 @@ class Replacement:
     Args:
         record (`OptimizerRecord`): Which one.
         options (`dict`): Typed, for its constructor.
-        routing (`dict`): Typed, for [`hf_sai.optim.route_parameters`].
+        routing (`dict`): Typed, for the record's `regroup`.
         arguments (`list[str]`): The script's, for the errors to name the option that has to go.
     """
 
@@ -72,7 +70,7 @@ class Replacement:
         if record.layerwise:
             raise OptionError(
                 f"{name} updates inside the backward pass and allows no clipping, which can't be seen in a script "
-                f"that builds its own optimizer; use --optim {name.removesuffix('_layerwise')}"
+                f"that builds its own optimizer; use --optim {record.ordinary}"
             )
         mode = splitting_mode()
         if mode is not None:
@@ -87,7 +85,7 @@ class Replacement:
                 "optimizer gives none; leave gsnr out"
             )
         options, routing = split_routing(record, options)
-        if routing and not record.routed:
+        if routing and record.regroup is None:
             raise OptionError(
                 f"{', '.join(routing)} of {name} needs the model, but a script that builds its own optimizer gives "
                 "tensors only; leave it out, or build the optimizer with hf_sai.create_optimizer"
@@ -101,7 +99,7 @@ class Replacement:
         stand_in = stand_in_for_adamw(
             self.record.cls,
             self.options,
-            uses=("betas", "eps") if self.record.routed else (),
+            uses=self.record.host_settings,
             prepare=self._prepared,
             on_build=self._on_build,
         )
@@ -178,7 +176,7 @@ class Replacement:
         if unused:
             self._warn_once("%s does not use what the script sets for AdamW: %s.", name, ", ".join(unused))
         like_adamw = [rate for rate in rates if any(math.isclose(rate, each) for each in ADAMW_LEARNING_RATES)]
-        if like_adamw and not self.record.routed:
+        if like_adamw and not self.record.adam_rates:
             hint = self.record.learning_rate_hint
             self._warn_once("lr=%g is a usual one for AdamW and small for %s: %s.", like_adamw[0], name, hint)
 
@@ -192,37 +190,24 @@ class Replacement:
         The groups with a name for each parameter and, where the optimizer needs it, route and reason: a script hands
         on bare tensors, so both are taken from the modules that are found to hold them.
         """
-        plain = [[item[1] if isinstance(item, tuple) else item for item in group["params"]] for group in groups]
-        params = [param for group in plain for param in group]
+        items = [item for group in groups for item in group["params"]]
+        params = [item[1] if isinstance(item, tuple) else item for item in items]
         modules = named_modules_of(params)
         tree = next(iter(modules.values())) if len(modules) == 1 else modules
         names = {param: name for name, param in tree.named_parameters()}
-        lost = [param for param in params if param not in names]
-        names |= {param: f"unnamed.{index}" for index, param in enumerate(lost)}
+        unnamed = [param for param in params if param not in names]
+        names |= {param: f"unnamed.{index}" for index, param in enumerate(unnamed)}
         named = [
             {**group, "params": [item if isinstance(item, tuple) else (names[item], item) for item in group["params"]]}
             for group in groups
         ]
-        return self._with_routes(named, plain, modules) if self.record.routed else named
-
-    def _with_routes(self, groups: list[Group], plain: list[list[torch.Tensor]], modules: ModuleDict) -> list[Group]:
-        params = [param for group in plain for param in group]
-        known: dict[torch.Tensor, tuple[str, str]] = {}
-        if (
-            modules
-        ):  # with a matrix beside them: whether there is one is asked of the whole optimizer, when it is built
-            rows = route_parameters(ModuleList([*modules.values(), torch.nn.Linear(2, 2)]), **self.routing)
-            known = {row.param: (row.route, row.reason) for row in rows}
-        lost = sum(param not in known and param.requires_grad for param in params)
+        if self.record.regroup is None:
+            return named
+        routed, lost, summed_up = self.record.regroup(named, modules.values(), **self.routing)
         if lost:
             logger.warning("%s: the modules of %d tensors were not found; routed by shape.", self.record.name, lost)
-        found = [[known.get(param) or route_by_shape(param.shape) for param in group] for group in plain]
-        counted = [(*row, param.numel()) for row, param in zip((r for g in found for r in g), params, strict=True)]
-        say(f"{self.record.name}: {summary(counted)}")
-        return [
-            {**group, "routes": [route for route, _ in rows], "reasons": [reason for _, reason in rows]}
-            for group, rows in zip(groups, found, strict=True)
-        ]
+        say(f"{self.record.name}: {summed_up}")
+        return routed
 
 
 def _listed(values: list[float]) -> str:

@@ -37,7 +37,7 @@ FLUX_CONTROL = (
     "--jsonl_for_train={data}/control.jsonl --image_column=image --conditioning_image_column=conditioning_image "
     "--caption_column=text"
 )
-OPTIMS = {"sgd_sai": "momentum=0.9,normalize=none", "swan": "lora_policy=both"}
+OPTIMS = {"sgd_sai": "momentum=0.9,normalize=none", "swan": "lora_whitening=both"}
 
 
 def _of(pipeline, rest, options=SMALL):

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
+import torch
+from helpers import arguments, tiny_llama, token_blocks
+from transformers import Trainer
 
-from hf_sai.optim import OptionError, SGDSaI, get_record, list_records, parse_options
+import hf_sai
+from hf_sai.memory import memory_rows, meta_model
+from hf_sai.optim import (
+    OptimizerRecord,
+    OptionError,
+    SGDSaI,
+    get_record,
+    list_records,
+    parse_options,
+    register_record,
+    unregister_record,
+)
+from hf_sai.optim.registry import Option
 
 
 def test_every_option_is_an_argument_of_its_class_and_every_argument_an_option():
@@ -14,7 +30,7 @@ def test_every_option_is_an_argument_of_its_class_and_every_argument_an_option()
         arguments = set(inspect.signature(record.cls).parameters) - {"params", "lr", "weight_decay"}
         assert {option.name for option in record.options if not option.routing} == arguments
         routing = {option.name for option in record.options if option.routing}
-        assert routing == ({"lora_policy", "split_qkv"} if record.routed else {"lora_policy"})
+        assert routing == ({"lora_whitening", "split_qkv"} if record.needs_modules else {"lora_policy"})
 
 
 def test_defaults_read_as_text_give_themselves():
@@ -81,3 +97,71 @@ def test_record_of_sgd_sai():
     record = get_record("sgd_sai")
     assert record.cls is SGDSaI
     assert record.default("momentum") == 0.9
+
+
+class Dummy(torch.optim.SGD):
+    """An optimizer that nobody has heard of."""
+
+    def __init__(self, params, lr=0.25, weight_decay=0.0, momentum=0.5):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
+
+
+def dummy_record(**changed):
+    momentum = Option("momentum", "a number", float, "decay of the buffer")
+    record = OptimizerRecord("dummy", Dummy, "Dummy: of a test", (momentum,), "1609.04747", "start at 0.1")
+    return dataclasses.replace(record, **changed)
+
+
+@pytest.fixture
+def dummy():
+    register_record(dummy_record())
+    yield
+    unregister_record("dummy")
+
+
+def test_one_record_is_an_optimizer_of_the_trainer(dummy, tmp_path):
+    trained = []
+    for optim in ("dummy", None):
+        args = arguments(
+            tmp_path, optim=optim or "sgd", optim_args="momentum=0.75" if optim else None, weight_decay=0.5
+        )
+        model = tiny_llama()
+        groups = hf_sai.param_groups(model, "dummy", 0.5)
+        assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+        ours = (torch.optim.SGD(groups, lr=0.05, momentum=0.75), None)
+        trainer = Trainer(model, args, train_dataset=token_blocks(), optimizers=(None, None) if optim else ours)
+        trainer.train()
+        trained.append([param.detach() for param in model.parameters()])
+        if optim:
+            hf_sai.assert_optimizer(trainer.optimizer, "dummy")
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
+    assert not torch.equal(trained[0][0], next(tiny_llama().parameters()))
+
+
+def test_one_record_is_a_choice_everywhere_and_goes_again(tmp_path):
+    with pytest.raises(ValueError, match="dummy"):
+        arguments(tmp_path, optim="dummy")
+    register_record(dummy_record(saved_keys=frozenset({"nesterov"})))
+    try:
+        assert arguments(tmp_path, optim="dummy").optim == "dummy"
+        assert get_record("dummy") in list_records()
+        optimizer = hf_sai.create_optimizer("dummy", tiny_llama())
+        assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+        (row,) = memory_rows(meta_model("gpt2"), ["dummy"])
+        assert row.state == 124_439_808 * 4
+        with pytest.raises(ValueError, match="SWAN loads only state that SWAN saved, but Dummy saved this one"):
+            hf_sai.create_optimizer("swan", tiny_llama()).load_state_dict(optimizer.state_dict())
+        with pytest.raises(OptionError, match="split_qkv, target_modules can't be set for dummy"):
+            hf_sai.param_groups(tiny_llama(), "dummy", split_qkv=True, target_modules="all-linear")
+        for other in (dummy_record(name="other"), dummy_record(cls=torch.optim.ASGD)):
+            with pytest.raises(OptionError, match="a record must have a name and a class of its own, but"):
+                register_record(other)
+        with pytest.raises(ValueError, match="adamw_torch"):
+            register_record(dummy_record(name="adamw_torch", cls=torch.optim.ASGD))
+        assert "adamw_torch" not in {record.name for record in list_records()}
+    finally:
+        unregister_record("dummy")
+    with pytest.raises(ValueError, match="dummy"):
+        arguments(tmp_path, optim="dummy")
+    with pytest.raises(OptionError, match="'dummy' is not an optimizer of hf_sai"):
+        unregister_record("dummy")

@@ -3,10 +3,19 @@
 from .gsnr import GradientMoments, TensorGSNR, gradient_moments, gradient_snr
 from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .measure import convert_lr, measure_gsnr
-from .registry import OptimizerRecord, OptionError, get_record, list_records, parse_options
+from .registry import (
+    OptimizerRecord,
+    OptionError,
+    get_record,
+    list_records,
+    parse_options,
+    register_record,
+    unregister_record,
+)
 from .routing import Route, route_parameters
 from .sgd_sai import SGDSaI
 from .swan import SWAN
+from .tensors import optimizer_state_bytes
 
 
 __all__ = [
@@ -25,6 +34,9 @@ __all__ = [
     "gradient_snr",
     "list_records",
     "measure_gsnr",
+    "optimizer_state_bytes",
     "parse_options",
+    "register_record",
     "route_parameters",
+    "unregister_record",
 ]

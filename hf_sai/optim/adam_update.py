@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .sgd_update import blocks, round_stochastically_
+from .tensors import BLOCK_NUMEL, FUSED_DEVICES
 
 
-# Elements per block of the float32 copies that low precision needs: 4 MiB each, 64 MiB on accelerators.
-BLOCK_NUMEL = 1 << 20
+# As BLOCK_NUMEL, on accelerators: 64 MiB for each float32 copy.
 ACCELERATOR_BLOCK_NUMEL = 1 << 24
-_FUSED_DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -74,7 +73,7 @@ def adam_update(batch: AdamBatch, stochastic_rounding: bool = False, **options: 
     for param, grad, mean, square, step in batch.rows():
         tensors = (param, grad, mean, square)
         contiguous = all(tensor.is_contiguous() for tensor in tensors)  # torch's fused kernel reads memory in order
-        if contiguous and grad.dtype == param.dtype == mean.dtype and param.device.type in _FUSED_DEVICES:
+        if contiguous and grad.dtype == param.dtype == mean.dtype and param.device.type in FUSED_DEVICES:
             together.setdefault((param.device, param.dtype), AdamBatch()).append(*tensors, step)
         elif grad.dtype == param.dtype == mean.dtype:
             _call(AdamBatch([param], [grad], [mean], [square], [step]), fused=False, options=options)
@@ -93,7 +92,7 @@ def _low_precision(
     for values, grad, mean, square in blocks(tensors, numel):
         count = step.clone()
         wide = values.to(mean.dtype).contiguous()
-        fused = values.device.type in _FUSED_DEVICES and mean.is_contiguous() and square.is_contiguous()
+        fused = values.device.type in FUSED_DEVICES and mean.is_contiguous() and square.is_contiguous()
         _call(AdamBatch([wide], [grad.to(mean.dtype).contiguous()], [mean], [square], [count]), fused, options)
         if stochastic_rounding and values.dtype == torch.bfloat16:
             round_stochastically_(wide)

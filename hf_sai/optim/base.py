@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 
-# What tells whose a state is: keys that its groups have, the most telling first.
-_WRITERS = {
-    "SWAN": {"kind", "routes"},
-    "SGDSaI": {"normalize", "gsnr_max"},
+logger = logging.getLogger(__name__)
+
+# What tells whose a state is: keys that its groups have, the most telling first. Ours are added by their records.
+_OURS: dict[str, frozenset[str]] = {}
+_OTHERS = {
     "Prodigy": {"d_coef", "d_numerator"},
     "AdamW or Adam": {"betas", "amsgrad"},
     "SGD": {"nesterov", "dampening"},
 }
+
+
+def name_writer(name: str, keys: frozenset[str] | None) -> None:
+    """Has [`check_writer`] know the groups that an optimizer of that name saves by these keys; `None` forgets it."""
+    _OURS.pop(name, None)
+    if keys:
+        _OURS[name] = keys
 
 
 def check_writer(name: str, state_dict: dict[str, Any]) -> None:
@@ -32,10 +41,11 @@ def check_writer(name: str, state_dict: dict[str, Any]) -> None:
         `ValueError`: Another one did; it is named where it can be told.
     """
     groups = state_dict["param_groups"]
-    if all(_WRITERS[name] <= set(group) for group in groups):
+    foreign = [group for group in groups if not _OURS[name] <= set(group)]
+    if not foreign:
         return
-    group = next(group for group in groups if not _WRITERS[name] <= set(group))
-    writer = next((each for each, keys in _WRITERS.items() if keys <= set(group)), "another optimizer")
+    group = foreign[0]
+    writer = next((each for each, keys in (_OURS | _OTHERS).items() if keys <= set(group)), "another optimizer")
     if "decoupled_weight_decay" in group and writer == "AdamW or Adam":
         writer = "AdamW" if group["decoupled_weight_decay"] else "Adam"
     kept = ", ".join(sorted({str(key) for values in state_dict["state"].values() for key in values})) or "nothing"
@@ -48,8 +58,17 @@ def check_writer(name: str, state_dict: dict[str, Any]) -> None:
 class NamedOptimizer(Optimizer):
     """A `torch.optim.Optimizer` whose subclasses have `_advance()`, one update of all that has a gradient."""
 
+    # What a group holds that goes on with the training, and is no option.
+    _progress: ClassVar[tuple[str, ...]] = ("lr",)
+    # What a grouping function chose. A checkpoint of before groups held it leaves the run's own.
+    _chosen: ClassVar[tuple[str, ...]] = ()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        own_groups = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        for group, own in zip(self.param_groups, own_groups, strict=False):
+            for key in self._chosen:
+                group.setdefault(key, own[key])
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch's own, which it adds to the defaults on the way
@@ -79,8 +98,25 @@ class NamedOptimizer(Optimizer):
         self._advance()
         return loss
 
+    def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
+        """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""
+        names = [name for name in self.defaults if name not in self._progress]
+        changed = {
+            f"{name}={saved[name]} (not {group[name]})"
+            for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            for name in names
+            if name in saved and _as_list(saved[name]) != _as_list(group[name])
+        }
+        if changed:
+            logger.warning("The loaded state goes on with its own options: %s.", ", ".join(sorted(changed)))
+
     def _advance(self) -> None:
         raise NotImplementedError
+
+    @property
+    def measurements(self) -> int:
+        """How much there is to report, to be compared with a later answer: here, tensors with a state."""
+        return len(self.state)
 
     def _params(self) -> Iterator[tuple[int, int, Tensor]]:
         """Group index, index in the group, tensor."""
@@ -117,3 +153,8 @@ class NamedOptimizer(Optimizer):
         new = [name for name in names if name not in known]
         known.update(new)
         return ", ".join(new[:3]) + (f" and of {len(new) - 3} more tensors" if len(new) > 3 else "")
+
+
+def _as_list(value: Any) -> Any:
+    """A pair that was read from text comes back as a list."""
+    return list(value) if isinstance(value, tuple) else value

@@ -143,3 +143,7 @@ class SWANLayerwise(LayerwiseMixin, SWAN):
         `RuntimeError`: In the backward pass or `step()`: gradient accumulation, more than one process, sharded
             parameters, or a `GradScaler`.
     """
+
+    def extra_bytes(self, one_at_a_time: bool = True) -> int:
+        """As [`SWAN.extra_bytes`]."""
+        return super().extra_bytes(one_at_a_time)

@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
+
 
 PairPolicy = Literal["plain", "paired"]
 PAIR_POLICIES = ("plain", "paired")
@@ -42,8 +44,7 @@ def adapter_pairs(model: nn.Module, lora_policy: PairPolicy = "plain") -> list[t
     Raises:
         `ValueError`: The policy is not known, or `"paired"` finds no pair.
     """
-    if lora_policy not in PAIR_POLICIES:
-        raise ValueError(f"lora_policy must be one of {', '.join(PAIR_POLICIES)} but is {lora_policy!r}; choose one")
+    check_choice("lora_policy", lora_policy, PAIR_POLICIES)
     if lora_policy == "plain":
         return []
     pairs: dict[Tensor, tuple[Tensor, Tensor]] = {}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
 from .gsnr import NORMALIZATIONS, TensorGSNR, fallback_snr, gradient_moments, gradient_snr
 
 
@@ -80,10 +81,7 @@ def convert_lr(
         `ValueError`: A normalisation is not known, or nothing was measured.
     """
     for given in (from_, to):
-        if given not in NORMALIZATIONS:
-            raise ValueError(
-                f"a normalisation must be one of {', '.join(NORMALIZATIONS)} but is {given!r}; choose one"
-            )
+        check_choice("a normalisation", given, NORMALIZATIONS)
     if from_ == to:
         return lr
     largest = max((row.gsnr for row in statistics if row.status in ("measured", "given")), default=0.0)

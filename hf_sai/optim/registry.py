@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
+from .base import name_writer
+from .checks import one_of, or_none, to_bool, to_float, to_int, to_pair, to_source
+from .groups import Group, plain_groups, sgd_sai_groups, swan_groups, swan_groups_of
 from .gsnr import NORMALIZATIONS
 from .layerwise import SGDSaILayerwise, SWANLayerwise
-from .lora_pairs import PAIR_POLICIES, adapter_pairs
-from .routing import LORA_POLICIES, route_parameters
+from .lora_pairs import PAIR_POLICIES
+from .routing import LORA_POLICIES
 from .sgd_sai import STATE_DTYPES, SGDSaI
 from .swan import SWAN, WHITENING_DTYPES
 from .whitening import METHODS
+
+
+Watcher = Callable[["OptimizerRecord", bool], None]
 
 
 class OptionError(ValueError):
@@ -36,6 +41,7 @@ class Option:
         parse (callable): Text or value to value; raises `ValueError` where it can't.
         help (`str`): One line for the command line.
         routing (`bool`): Whether it is an argument of [`hf_sai.param_groups`] and not of the constructor.
+        aliases (`tuple[str, ...]`): Older names, which still work.
     """
 
     name: str
@@ -43,23 +49,35 @@ class Option:
     parse: Callable[[Any], Any]
     help: str
     routing: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class OptimizerRecord:
     """
-    All that a host needs to know of an optimizer.
+    All that a host needs to know of an optimizer; [`register_record`] adds one.
 
     Args:
         name (`str`): Lower case; what a user types after `optim=`.
-        cls (`type`): The `torch.optim.Optimizer` subclass.
+        cls (`type`): The `torch.optim.Optimizer` subclass, of this record alone.
         description (`str`): One line.
         options (`tuple[Option, ...]`): Options besides `lr` and `weight_decay`, which hosts have fields for.
         paper (`str`): arXiv id.
         learning_rate_hint (`str`): What to set the learning rate to, in one sentence.
-        layerwise (`bool`): Whether it updates inside the backward pass.
-        routed (`bool`): Whether it needs [`route_parameters`]; learning rates are then in AdamW's terms, and the
-            host's settings for Adam (`adam_beta1`, ...) hold for the tensors that go to Adam.
+        layerwise (`bool`, *optional*, defaults to `False`): Whether it updates inside the backward pass.
+        grouping (callable, *optional*): From a model, a weight decay, the names that decay, and the options that are
+            marked `routing` (and `target_modules` with `targets`, where it has these arguments) to parameter groups,
+            which hold what was chosen. Defaults to [`hf_sai.optim.groups.plain_groups`].
+        needs_modules (`bool`, *optional*, defaults to `False`): Whether it has to have these groups, whatever the
+            options. Otherwise groups that a host makes will do where no `routing` option is set.
+        regroup (callable, *optional*): From groups of named tensors, the modules that hold them, and the options that
+            are marked `routing` to groups, a number of tensors without a module, and a line for the terminal; for
+            scripts that give no model. `None`: groups stay as they are, and these options are refused.
+        host_settings (`tuple[str, ...]`, *optional*): Arguments of the constructor that the host's settings for Adam
+            hold for: `"betas"`, `"eps"`.
+        adam_rates (`bool`, *optional*, defaults to `False`): Whether learning rates are in AdamW's terms, so that its
+            usual ones need no warning.
+        saved_keys (`frozenset[str]`, *optional*): Keys of its groups that tell its state from those of others.
     """
 
     name: str
@@ -69,105 +87,75 @@ class OptimizerRecord:
     paper: str
     learning_rate_hint: str
     layerwise: bool = False
-    routed: bool = False
+    grouping: Callable[..., list[Group]] = plain_groups
+    needs_modules: bool = False
+    regroup: Callable[..., tuple[list[Group], int, str]] | None = None
+    host_settings: tuple[str, ...] = ()
+    adam_rates: bool = False
+    saved_keys: frozenset[str] = frozenset()
+
+    @property
+    def ordinary(self) -> str:
+        """The name of the variant that is not layer-wise."""
+        return self.name.removesuffix(_LAYERWISE)
+
+    @property
+    def routed(self) -> bool:
+        """As `needs_modules`. For hf_sai/report alone, until its rows come from the record."""
+        return self.needs_modules
+
+    def spelling(self, name: str) -> str:
+        """The name of an option that is given by its name or an older one; any other as it is."""
+        return next((option.name for option in self.options if name in option.aliases), name)
 
     def default(self, name: str) -> Any:
         """The default of an option, or of another argument of the constructor."""
         routing = any(option.name == name and option.routing for option in self.options)
-        grouping = route_parameters if self.routed else adapter_pairs
-        return inspect.signature(grouping if routing else self.cls).parameters[name].default
+        return inspect.signature(self.grouping if routing else self.cls).parameters[name].default
+
+    def layer_wise(self, cls: type[Optimizer]) -> OptimizerRecord:
+        """The record of the variant of that class, which updates inside the backward pass."""
+        what = self.description.partition(":")[0]
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}{_LAYERWISE}",
+            cls=cls,
+            description=f"{what} that updates, and frees each gradient, inside the backward pass; one process",
+            layerwise=True,
+        )
 
 
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    return int(value)
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-
-
-def _is_none(value: Any) -> bool:
-    return value is None or str(value).lower() == "none"
-
-
-def _to_bool_or_none(value: Any) -> bool | None:
-    return None if _is_none(value) else _to_bool(value)
-
-
-def _to_state_dtype(value: Any) -> str | None:
-    if _is_none(value):
-        return None
-    name = str(value).removeprefix("torch.")
-    if name not in STATE_DTYPES:
-        raise ValueError
-    return name
-
-
-def _to_int_or_none(value: Any) -> int | None:
-    return None if _is_none(value) else _to_int(value)
-
-
-def _to_pair(value: Any) -> tuple[float, float]:
-    """`"0.9/0.95"` or a sequence: a comma separates options."""
-    first, second = re.split(r"[/,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
-    return _to_float(first), _to_float(second)
-
-
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if str(value) not in choices:
-            raise ValueError
-        return str(value)
-
-    return parse
-
-
-def _to_source(value: Any) -> Any:
-    if value == "" or isinstance(value, (bool, int, float)):
-        raise ValueError
-    return None if _is_none(value) else value
-
-
-def _to_normalization(value: Any) -> str:
-    if value is None:  # a host that reads Python literals hands on "none" as None
-        return "none"
-    if value not in NORMALIZATIONS:
-        raise ValueError
-    return str(value)
-
+_LAYERWISE = "_layerwise"
 
 _SGD_SAI = OptimizerRecord(
     name="sgd_sai",
     cls=SGDSaI,
     description="SGD-SaI: momentum SGD, learning-rate scale per tensor measured once; half of AdamW's state",
     options=(
-        Option("momentum", "a number", _to_float, "decay of the momentum buffer, in [0, 1); 0 keeps none"),
-        Option("eps", "a number", _to_float, "added to the gradient's standard deviation"),
-        Option("normalize", "none or max", _to_normalization, "divide g-SNR by its maximum over the model"),
-        Option("measure_steps", "a whole number", _to_int, "average g-SNR over this many first gradients"),
-        Option("maximize", "true or false", _to_bool, "ascend instead of descend"),
-        Option("foreach", "true, false or none", _to_bool_or_none, "update lists of tensors at once"),
-        Option("fused", "true, false or none", _to_bool_or_none, "one pass over memory; none chooses"),
-        Option("state_dtype", "float32, bfloat16, float16 or none", _to_state_dtype, "of the momentum buffer"),
-        Option("stochastic_rounding", "true or false", _to_bool, "of bf16 parameters"),
-        Option("gsnr", "a report: file, folder or Hub repository", _to_source, "take scales, measure nothing"),
-        Option("lora_policy", " or ".join(PAIR_POLICIES), _one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
+        Option("momentum", "a number", to_float, "decay of the momentum buffer, in [0, 1); 0 keeps none"),
+        Option("eps", "a number", to_float, "added to the gradient's standard deviation"),
+        Option("normalize", "none or max", one_of(*NORMALIZATIONS), "divide g-SNR by its maximum over the model"),
+        Option("measure_steps", "a whole number", to_int, "average g-SNR over this many first gradients"),
+        Option("maximize", "true or false", to_bool, "ascend instead of descend"),
+        Option("foreach", "true, false or none", or_none(to_bool), "update lists of tensors at once"),
+        Option("fused", "true, false or none", or_none(to_bool), "one pass over memory; none chooses"),
+        Option(
+            "state_dtype",
+            "float32, bfloat16, float16 or none",
+            or_none(one_of(*STATE_DTYPES)),
+            "of the momentum buffer",
+        ),
+        Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
+        Option("gsnr", "a report: file, folder or Hub repository", to_source, "take scales, measure nothing"),
+        Option("lora_policy", " or ".join(PAIR_POLICIES), one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
     ),
     paper="2412.11768",
     learning_rate_hint=(
         "start at 1e-2 for full training and 1e-1 for LoRA with normalize=none (5e-3 with lora_policy=paired); "
         "with normalize=max, multiply by the largest g-SNR in the report"
     ),
+    grouping=sgd_sai_groups,
+    saved_keys=frozenset({"normalize", "gsnr_max"}),
 )
 
 _SWAN = OptimizerRecord(
@@ -175,46 +163,103 @@ _SWAN = OptimizerRecord(
     cls=SWAN,
     description="SWAN: whitened gradients without state for the matrices in the blocks, Adam for the rest",
     options=(
-        Option("whitening", " or ".join(METHODS), _one_of(*METHODS), "how matrices are whitened"),
-        Option("ns_steps", "a whole number or none", _to_int_or_none, "of the iteration; none takes the method's own"),
-        Option("whitening_dtype", " or ".join(WHITENING_DTYPES), _one_of(*WHITENING_DTYPES), "of polar_express"),
-        Option("scale", "a number", _to_float, "of the learning rate, for matrices"),
-        Option("adam_lr_ratio", "a number", _to_float, "of the learning rate, for what goes to Adam"),
-        Option("betas", "two numbers, such as 0.9/0.999", _to_pair, "Adam's"),
-        Option("eps", "a number", _to_float, "Adam's"),
-        Option("momentum", "a number", _to_float, "whiten a running mean, in [0, 1); 0 keeps none"),
-        Option("maximize", "true or false", _to_bool, "ascend instead of descend"),
-        Option("stochastic_rounding", "true or false", _to_bool, "of bf16 parameters"),
-        Option("max_batch_bytes", "a whole number or none", _to_int_or_none, "bound on whitening's extra memory"),
-        Option("lora_policy", " or ".join(LORA_POLICIES), _one_of(*LORA_POLICIES), "LoRA factors to whiten", True),
-        Option("split_qkv", "true or false", _to_bool, "whiten fused query, key and value one by one", True),
+        Option("whitening", " or ".join(METHODS), one_of(*METHODS), "how matrices are whitened"),
+        Option("ns_steps", "a whole number or none", or_none(to_int), "of the iteration; none takes the method's own"),
+        Option("whitening_dtype", " or ".join(WHITENING_DTYPES), one_of(*WHITENING_DTYPES), "of polar_express"),
+        Option("scale", "a number", to_float, "of the learning rate, for matrices"),
+        Option("adam_lr_ratio", "a number", to_float, "of the learning rate, for what goes to Adam"),
+        Option("betas", "two numbers, such as 0.9/0.999", to_pair, "Adam's"),
+        Option("eps", "a number", to_float, "Adam's"),
+        Option("momentum", "a number", to_float, "whiten a running mean, in [0, 1); 0 keeps none"),
+        Option("maximize", "true or false", to_bool, "ascend instead of descend"),
+        Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
+        Option("max_batch_bytes", "a whole number or none", or_none(to_int), "bound on whitening's extra memory"),
+        Option(
+            "lora_whitening",
+            " or ".join(LORA_POLICIES),
+            one_of(*LORA_POLICIES),
+            "LoRA factors to whiten (once lora_policy)",
+            routing=True,
+            aliases=("lora_policy",),
+        ),
+        Option("split_qkv", "true or false", to_bool, "whiten fused query, key and value one by one", True),
     ),
     paper="2412.13148",
     learning_rate_hint="start at the rate that is right for AdamW; for LoRA at a third of it",
-    routed=True,
+    grouping=swan_groups,
+    needs_modules=True,
+    regroup=swan_groups_of,
+    host_settings=("betas", "eps"),  # of the tensors that go to Adam
+    adam_rates=True,
+    saved_keys=frozenset({"kind", "routes"}),
 )
 
-_RECORDS: dict[str, OptimizerRecord] = {
-    record.name: record
-    for record in [
-        _SGD_SAI,
-        dataclasses.replace(
-            _SGD_SAI,
-            name="sgd_sai_layerwise",
-            cls=SGDSaILayerwise,
-            description="SGD-SaI that updates, and frees each gradient, inside the backward pass; one process",
-            layerwise=True,
-        ),
-        _SWAN,
-        dataclasses.replace(
-            _SWAN,
-            name="swan_layerwise",
-            cls=SWANLayerwise,
-            description="SWAN that updates, and frees each gradient, inside the backward pass; one process",
-            layerwise=True,
-        ),
-    ]
-}
+_RECORDS: dict[str, OptimizerRecord] = {}
+_watchers: list[Watcher] = []
+
+
+def register_record(record: OptimizerRecord) -> None:
+    """
+    Adds an optimizer: to [`list_records`], and to every host that [`hf_sai.register`] serves.
+
+    Args:
+        record (`OptimizerRecord`): With a name and a class that no other record has.
+
+    Raises:
+        `OptionError`: The name or the class is taken.
+        `ValueError`: A host has an optimizer of that name.
+
+    Example:
+
+    ```python
+    register_record(OptimizerRecord("my_sgd", MySGD, "SGD, mine", (), "1609.04747", "start at 0.1"))
+    TrainingArguments("out", optim="my_sgd", learning_rate=0.1)
+    ```
+    """
+    for other in _RECORDS.values():
+        if record.name == other.name or record.cls is other.cls:
+            raise OptionError(
+                f"a record must have a name and a class of its own, but {record.name} with {record.cls.__name__} is "
+                f"beside {other.name} with {other.cls.__name__}; choose another, or call unregister_record first"
+            )
+    for watcher in _watchers:
+        watcher(record, True)
+    _RECORDS[record.name] = record
+    if not record.layerwise:
+        name_writer(record.cls.__name__, record.saved_keys)
+
+
+def unregister_record(name: str) -> None:
+    """
+    Undoes [`register_record`].
+
+    Raises:
+        `OptionError`: No optimizer has that name.
+    """
+    record = get_record(name)
+    del _RECORDS[name]
+    if not record.layerwise:
+        name_writer(record.cls.__name__, None)
+    for watcher in _watchers:
+        watcher(record, False)
+
+
+def watch_records(watcher: Watcher, watching: bool = True) -> None:
+    """
+    Has `watcher(record, there)` called with each record that comes or goes from now on, or no longer.
+
+    Args:
+        watcher (callable): Called before a record comes (what it raises keeps it out), and after one went.
+        watching (`bool`, *optional*, defaults to `True`): Whether to begin or to end.
+    """
+    if watcher in _watchers:
+        _watchers.remove(watcher)
+    if watching:
+        _watchers.append(watcher)
+
+
+for _record in (_SGD_SAI, _SGD_SAI.layer_wise(SGDSaILayerwise), _SWAN, _SWAN.layer_wise(SWANLayerwise)):
+    register_record(_record)
 
 
 def list_records() -> list[OptimizerRecord]:
@@ -261,8 +306,9 @@ def parse_options(record: OptimizerRecord, given: Mapping[str, Any]) -> dict[str
         `OptionError`: An option is not known or its value can't be read.
     """
     known = {option.name: option for option in record.options}
-    parsed = {}
-    for name, value in given.items():
+    parsed: dict[str, Any] = {}
+    for given_name, value in given.items():
+        name = record.spelling(given_name)
         if name in ("lr", "learning_rate", "weight_decay"):
             field = "weight_decay" if name == "weight_decay" else "learning_rate"
             raise OptionError(f"{name} is not set through the options of {record.name}; set {field} itself")
@@ -272,21 +318,27 @@ def parse_options(record: OptimizerRecord, given: Mapping[str, Any]) -> dict[str
             raise OptionError(
                 f"{name} is not an option of {record.name}; {hint}valid options: {', '.join(sorted(known))}"
             )
+        if name in parsed:
+            raise OptionError(f"{name} of {record.name} must be given once, but {given_name} is it too; leave one out")
         option = known[name]
         try:
             parsed[name] = option.parse(value)
         except (ValueError, KeyError, TypeError):
             raise OptionError(
-                f"{name} of {record.name} must be {option.kind} but is {value!r}; "
+                f"{given_name} of {record.name} must be {option.kind} but is {value!r}; "
                 f"write for example {name}={record.default(name)}"
             ) from None
     return parsed
 
 
 def split_routing(record: OptimizerRecord, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Typed options in two: the constructor's, and those that decide about groups ([`route_parameters`])."""
+    """
+    Typed options in two: the constructor's, and those that decide about groups.
+
+    Of the latter a default asks for nothing, where the groups of a host will do: it is left out, and needs no model.
+    """
     names = {option.name for option in record.options if option.routing}
     routing = {name: value for name, value in options.items() if name in names}
-    if routing.get("lora_policy") == "plain":  # asks for nothing, and so needs no model
-        del routing["lora_policy"]
+    if not record.needs_modules:
+        routing = {name: value for name, value in routing.items() if value != record.default(name)}
     return {name: value for name, value in options.items() if name not in names}, routing

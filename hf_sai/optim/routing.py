@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
+
 
 LoraPolicy = Literal["both", "b_only", "adam"]
 LORA_POLICIES = ("both", "b_only", "adam")
@@ -134,15 +136,15 @@ def route_parameters(
             `get_output_embeddings()`, what stands outside `base_model`); a tied head is an embedding.
         targets (callable, *optional*): From a module's name and the module to whether its matrices may be whitened;
             all others go to Adam. `None` means all may.
-        lora_policy (`str`, *optional*, defaults to `"b_only"`): Which factors of an adapter are whitened.
+        lora_policy (`str`, *optional*, defaults to `"b_only"`): Which factors of an adapter are whitened; what
+            a user sets as SWAN's option `lora_whitening`.
         split_qkv (`bool`, *optional*, defaults to `False`): Whether a layer that makes query, key and value at once is
             whitened as three matrices. Whole, its largest singular direction is shared by the three.
 
     Raises:
         `ValueError`: `lora_policy` is not known, or nothing is left to whiten.
     """
-    if lora_policy not in LORA_POLICIES:
-        raise ValueError(f"lora_policy must be one of {', '.join(LORA_POLICIES)} but is {lora_policy!r}; choose one")
+    check_choice("lora_policy", lora_policy, LORA_POLICIES)
     tables, heads = _embeddings_and_heads(model)
     owners: dict[Tensor, list[_Owner]] = {}
     for owner, param in _owners(model, heads):
@@ -156,7 +158,8 @@ def route_parameters(
         reasons = sorted({route.reason for route in routes})
         raise ValueError(
             f"SWAN needs at least one matrix, but all {len(routes)} trainable parameters go to Adam "
-            f"({'; '.join(reasons)}); widen target_modules or lora_policy, or choose another optimizer"
+            f"({'; '.join(reasons)}); widen target_modules or lora_policy (in optim_args: "
+            "lora_whitening), or choose another optimizer"
         )
     return routes
 
@@ -258,7 +261,7 @@ def _route(
     if owner.lora == "other":
         return ADAM, "adapter's embedding or magnitude"
     if owner.lora and (lora_policy == "adam" or (lora_policy == "b_only" and owner.lora == "a")):
-        return ADAM, f"LoRA {owner.lora.upper()}, by lora_policy={lora_policy}"
+        return ADAM, f"LoRA {owner.lora.upper()}, by lora_whitening={lora_policy}"
     layout, reason = _layout(param, owner, split_qkv)
     if layout is None:
         return ADAM, reason

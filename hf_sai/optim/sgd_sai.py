@@ -15,18 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import NamedOptimizer, check_writer
-from .gsnr import (
-    NORMALIZATIONS,
-    GradientMoments,
-    TensorGSNR,
-    fallback_snr,
-    gradient_moments,
-    gradient_snr,
-)
-from .lora_pairs import bounded, check_pairs, norm_of
-from .sgd_update import Batch, Coefficients, update
-from .tensors import check_gradient, gradient_of, is_sharded, local
+from .base import check_writer
+from .checks import check_choice, check_flag, check_number, check_share, check_whole
+from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
+from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norm_of
+from .scales import MeasuredScales
+from .sgd_update import Batch, next_coefficients, update
+from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +31,7 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 BF16_RESOLUTION = 2.0**-8
 
 
-class SGDSaI(NamedOptimizer):
+class SGDSaI(MeasuredScales):
     r"""
     Momentum SGD with a learning-rate scale per tensor that is measured from the first gradient (arXiv 2412.11768).
 
@@ -155,6 +150,7 @@ class SGDSaI(NamedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
             "paired": False,
+            "lora_policy": "plain",
             # Not options, but they decide updates and so live where state_dict() saves them. Equal in every group.
             "step": 0,
             "gsnr_max": 0.0,
@@ -187,8 +183,16 @@ class SGDSaI(NamedOptimizer):
         shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
         shared["params"] = self._with_names(param_group["params"])
         if merged["paired"]:
+            shared["lora_policy"] = "paired"
             check_pairs([each[1] if isinstance(each, tuple) else each for each in shared["params"]])
         super().add_param_group({**param_group, "state_dtype": merged["state_dtype"], **shared})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A state of before groups held the policy.
+        policy = "paired" if any(group.get("paired") for group in state["param_groups"]) else "plain"
+        for group in state["param_groups"]:
+            group.setdefault("lora_policy", policy)
+        super().__setstate__(state)
 
     def _advance(self) -> None:
         """Measures what is not settled, and updates every tensor that has a gradient."""
@@ -203,63 +207,6 @@ class SGDSaI(NamedOptimizer):
         for group in self.param_groups:
             self._update(group, group["params"], normalizer, first, skipped)
 
-    def gsnr_statistics(self) -> list[TensorGSNR]:
-        """
-        What has been measured, one row per tensor in the order of the groups. Reads no device memory.
-
-        Returns:
-            `list[TensorGSNR]`: Frozen parameters that were never measured are left out.
-        """
-        rows = []
-        normalizer = self._normalizer()
-        for group_index, index, param in self._params():
-            state = self.state.get(param) or self._new_state(group_index, index)
-            if not param.requires_grad and not state["gsnr_step"]:
-                continue
-            rows.append(
-                TensorGSNR(
-                    name=self._name(group_index, index),
-                    shape=tuple(param.shape),
-                    numel=param.numel(),
-                    group=group_index,
-                    gsnr=state["gsnr"],
-                    scale=state["gsnr"] / normalizer,
-                    step=state["gsnr_step"],
-                    status=_status(state),
-                )
-            )
-        return rows
-
-    @torch.no_grad()
-    def measure_now(self) -> dict[str, float]:
-        """
-        g-SNR of the gradients that are there now, by name, for a look at how it changes; the scales stay.
-
-        A gradient that is zero, constant or not finite is left out. Collective where gradients are sharded.
-        """
-        there = [place for place in self._params() if place[2].grad is not None]
-        moments = gradient_moments([gradient_of(param) for _, _, param in there])
-        return {
-            self._name(group, index): gradient_snr(moment, self.param_groups[group]["eps"])
-            for (group, index, _), moment in zip(there, moments, strict=True)
-            if moment.is_finite and not moment.is_zero and not moment.is_constant
-        }
-
-    def take_scales(self, rows: Iterable[Any]) -> None:
-        """
-        Scales to use instead of measuring, as the constructor's `gsnr`; before the first step.
-
-        Args:
-            rows (iterable): Such as `measure_gsnr` gives.
-
-        Raises:
-            `RuntimeError`: A step was made.
-            `ValueError`: The rows do not fit.
-        """
-        if self.state:
-            raise RuntimeError("scales can be given before the first step only, but one was made; pass gsnr= instead")
-        self._take_given(list(rows))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Loads what `state_dict()` gave, each momentum buffer in the dtype that it was saved in.
@@ -272,17 +219,15 @@ class SGDSaI(NamedOptimizer):
         super().load_state_dict(state_dict)
         self._restore_buffers(state_dict)
 
-    def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
-        """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""
-        names = [name for name in self.defaults if name not in ("lr", "step", "gsnr_max", "gsnr_max_step")]
-        changed = {
-            f"{name}={saved[name]} (not {group[name]})"
-            for group, saved in zip(self.param_groups, saved_groups, strict=False)
-            for name in names
-            if name in saved and saved[name] != group[name]
-        }
-        if changed:
-            logger.warning("The loaded state goes on with its own options: %s.", ", ".join(sorted(changed)))
+    def extra_bytes(self) -> int:
+        """The most that an update needs for a while: float32 copies, a block at a time."""
+        found = 0
+        for group_index, _, param in self._params():
+            kept = self.param_groups[group_index]["state_dtype"]
+            dtypes = (param.dtype, param.dtype, STATE_DTYPES[kept] if kept else param.dtype)
+            narrow = sum(dtype != torch.float32 for dtype in dtypes)
+            found = max(found, narrow * 4 * min(param.numel(), BLOCK_NUMEL))
+        return found
 
     def _restore_buffers(self, state_dict: dict[str, Any]) -> None:
         """
@@ -301,104 +246,19 @@ class SGDSaI(NamedOptimizer):
             if asked_for or torch.promote_types(saved.dtype, param.dtype) == saved.dtype:
                 self.state[param]["momentum_buffer"] = saved.to(device=param.device, copy=True)
 
-    def _take_given(self, rows: list[Any]) -> None:
-        """Keeps the scales of another run in the groups (`gsnr_given`), until the state is made."""
-        by_name = {row.name: row for row in rows}
-        mine = {self._name(group, index): param for group, index, param in self._params() if param.requires_grad}
-        odd = [f"{name} is not in the model" for name in by_name if name not in mine]
-        odd += [f"{name} is not in gsnr" for name in mine if name not in by_name]
-        odd += [
-            f"{name} has shape {tuple(mine[name].shape)}, in gsnr {tuple(row.shape)}"
-            for name, row in by_name.items()
-            if name in mine and tuple(row.shape) != tuple(mine[name].shape)
-        ]
-        if odd:
-            more = f" and {len(odd) - 10} more" if len(odd) > 10 else ""
-            raise ValueError(
-                f"gsnr must hold the model's own tensors, by name and shape, but {'; '.join(odd[:10])}{more}; "
-                "give the report of a run on the same model and adapter, and parameters with their names"
-            )
-        for group_index, group in enumerate(self.param_groups):
-            names = [self._name(group_index, index) for index in range(len(group["params"]))]
-            given = [by_name.get(name) for name in names]
-            group["gsnr_given"] = [[row.gsnr, row.status == "fallback"] if row else [0.0, False] for row in given]
-        measured = [row for row in rows if row.gsnr and row.status != "fallback"]
-        if measured:
-            # Where the other run was normalised, gsnr / scale is its maximum, which late tensors may exceed.
-            normalized = max(row.gsnr / row.scale for row in measured)
-            largest = normalized if normalized > 1.0 + 1e-9 else max(row.gsnr for row in measured)
-            for group in self.param_groups:
-                group["gsnr_max"], group["gsnr_max_step"] = largest, -1
-
     def _new_state(self, group_index: int, index: int) -> dict[str, Any]:
-        """The state of a tensor before its first gradient, without the buffer."""
-        given = self.param_groups[group_index].get("gsnr_given")
-        gsnr, fallback = given[index] if given else (0.0, False)
-        paired = self.param_groups[group_index]["paired"]
-        return {
-            "gsnr": gsnr,
-            "gsnr_step": 0,
-            "gsnr_count": 0,
-            "gsnr_fallback": fallback,
-            "gsnr_given": gsnr > 0.0,
-            **({"pair_norm": 0.0} if paired else {}),
-        }
+        state = super()._new_state(group_index, index)
+        return {**state, "pair_norm": 0.0} if self.param_groups[group_index]["paired"] else state
+
+    def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
+        super()._make_state(group_index, index, param)
+        if self.param_groups[group_index]["momentum"] != 0:
+            self._add_buffer(self.param_groups[group_index], param)
 
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
         dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else param.dtype
         buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         self.state[param].update(momentum_buffer=buffer, decay_ratio=0.0, decay=0.0)
-
-    def _collect(self, params: Iterable[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
-        """Of some tensors, those with a gradient whose g-SNR is not settled; makes the state where there is none."""
-        unsettled = []
-        for group_index, index, param in params:
-            if param.grad is None and not param.requires_grad:
-                continue
-            group, state = self.param_groups[group_index], self.state[param]
-            if not state:
-                state.update(self._new_state(group_index, index))
-                if group["momentum"] != 0:
-                    self._add_buffer(group, param)
-            if (
-                param.grad is not None
-                and param.numel()
-                and (
-                    state["gsnr_step"] == 0
-                    or (state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"])
-                )
-            ):
-                check_gradient(param, self._name(group_index, index), type(self).__name__)
-                unsettled.append((group_index, index, param))
-        return unsettled
-
-    def _measure(
-        self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], step: int
-    ) -> tuple[set[Tensor], set[Tensor]]:
-        """
-        Records the g-SNR of tensors that are not settled.
-
-        Returns:
-            Two sets of tensors: those that had their first informative gradient now (the momentum buffer starts with
-            it), and those to leave alone in this step (first gradient not finite).
-        """
-        first: set[Tensor] = set()
-        skipped: set[Tensor] = set()
-        not_finite: list[str] = []
-        for (group_index, index, param), moment in zip(unsettled, moments, strict=True):
-            state = self.state[param]
-            if not moment.is_finite:
-                if state["gsnr_step"] == 0:
-                    skipped.add(param)
-                    not_finite.append(self._name(group_index, index))
-            elif not moment.is_zero:
-                if state["gsnr_step"] == 0:
-                    first.add(param)
-                    state["gsnr_step"] = step
-                if not state["gsnr_given"]:
-                    _record(state, moment, self.param_groups[group_index]["eps"])
-        self._warn_not_finite(not_finite)
-        return first, skipped
 
     def _update(
         self,
@@ -428,7 +288,7 @@ class SGDSaI(NamedOptimizer):
                 batch.buffers.append(local(state["momentum_buffer"]))
             batch.params.append(local(param))
             batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
-            batch.coefficients.append(_coefficients(group, state, scale, starts=batch is starting))
+            batch.coefficients.append(next_coefficients(group, state, scale, starts=batch is starting))
         for batch in (plain, starting, moving):
             if batch.params:
                 update(batch, group["foreach"], group["fused"])
@@ -454,52 +314,6 @@ class SGDSaI(NamedOptimizer):
                 if param.grad is not None:
                     found[param] = bounded(param.grad, norm, is_a=index == 0)
         return found
-
-    def _count_step(self, moments: list[GradientMoments]) -> None:
-        """
-        Counts this step, unless nothing has been measured yet and all gradients are zero.
-
-        torch.distributed.checkpoint makes such a step to create the state before it loads; it must leave no trace.
-        """
-        started = any(state["gsnr_step"] for state in self.state.values()) if moments else True
-        if not started and all(moment.is_zero for moment in moments):
-            return
-        for group in self.param_groups:
-            group["step"] += 1
-
-    def _max_is_fixed(self, step: int) -> bool:
-        """Whether the maximum was given, or the window of steps that set it was over before `step`."""
-        first_step = self.param_groups[0]["gsnr_max_step"]
-        window = max(group["measure_steps"] for group in self.param_groups)
-        return first_step < 0 or 0 < first_step <= step - window
-
-    def _update_max(self) -> None:
-        """Sets the maximum over the model in the first `measure_steps` steps that measured; it then stays."""
-        step = self.param_groups[0]["step"]
-        measured = [state for state in self.state.values() if state["gsnr_step"] and not state["gsnr_fallback"]]
-        if self._max_is_fixed(step) or not measured:
-            return
-        largest = max(state["gsnr"] for state in measured)
-        for group in self.param_groups:
-            group["gsnr_max"], group["gsnr_max_step"] = largest, group["gsnr_max_step"] or step
-
-    def _normalizer(self) -> float:
-        """What g-SNR is divided by to give the scale."""
-        group = self.param_groups[0]
-        if group["normalize"] == "none":
-            return 1.0
-        # While only fallbacks were seen there is no maximum; the largest of them then keeps the scale at 1 or below.
-        return group["gsnr_max"] or max((state["gsnr"] for state in self.state.values()), default=0.0) or 1.0
-
-    def _warn_not_finite(self, names: list[str]) -> None:
-        """One warning per step, with tensors that no earlier one named."""
-        new = self._new_names(names)
-        if new:
-            logger.warning(
-                "The first gradient of %s has inf or NaN: not measured, and not updated in this step. It will be "
-                "measured at its first finite gradient.",
-                new,
-            )
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
@@ -543,74 +357,16 @@ def _dtype_name(dtype: Any) -> Any:
 def _check_options(options: dict[str, Any]) -> None:
     """Raises `ValueError` for the first option that is out of its range."""
     for name in ("lr", "weight_decay", "eps"):
-        if not 0.0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and >= 0 but is {options[name]}; give a number such as 0.01")
-    if not 0.0 <= options["momentum"] < 1.0:
-        raise ValueError(f"momentum must be in [0, 1) but is {options['momentum']}; the paper uses 0.9")
-    if options["normalize"] not in NORMALIZATIONS:
-        raise ValueError(
-            f"normalize must be one of {', '.join(NORMALIZATIONS)} but is {options['normalize']!r}; "
-            "choose one (the learning rate depends on it)"
-        )
-    steps = options["measure_steps"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"measure_steps must be a whole number >= 1 but is {steps!r}; the paper uses 1")
+        check_number(name, options[name], "give a number such as 0.01")
+    check_share("momentum", options["momentum"], "the paper uses 0.9")
+    learning_rate = "choose one (the learning rate depends on it)"
+    check_choice("normalize", options["normalize"], NORMALIZATIONS, learning_rate)
+    check_choice("lora_policy", options["lora_policy"], PAIR_POLICIES)
+    check_whole("measure_steps", options["measure_steps"], "the paper uses 1")
     for name in ("maximize", "stochastic_rounding"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be True or False but is {options[name]!r}; give one of the two")
+        check_flag(name, options[name])
     for name in ("foreach", "fused"):
-        if options[name] is not None and not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be True, False or None but is {options[name]!r}; None chooses by itself")
+        check_flag(name, options[name], optional=True)
     if options["foreach"] and options["fused"]:
         raise ValueError("foreach and fused must not both be True, but they are; set one, or none to let it choose")
-    if options["state_dtype"] is not None and options["state_dtype"] not in STATE_DTYPES:
-        raise ValueError(
-            f"state_dtype must be one of {', '.join(STATE_DTYPES)} or None but is {options['state_dtype']!r}; "
-            "None keeps the parameter's"
-        )
-
-
-def _coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, starts: bool) -> Coefficients:
-    """
-    Of a tensor's update, with the decay folded into the buffer as `updates.py` derives it; keeps what the next needs.
-
-    A pending tensor, whose gradient is zero and whose scale is 0, only decays. With a learning rate on the device what
-    the next step needs stays there, in a tensor of its own.
-    """
-    momentum, weight_decay = group["momentum"], group["weight_decay"]
-    on_device = isinstance(group["lr"], Tensor)
-    lr = group["lr"].detach() if on_device else float(group["lr"])
-    if not scale or not momentum:
-        scale = scale or 1.0
-        return Coefficients(0.0, weight_decay / scale, lr * scale)
-    ratio = weight_decay / scale
-    decay = state["decay"] if on_device else float(state["decay"])
-    if starts:
-        coefficients = Coefficients(0.0, ratio, lr * scale)
-    else:
-        pull = ratio - momentum * state["decay_ratio"]
-        coefficients = Coefficients(momentum * (1.0 - decay), pull, lr * scale)
-    state["decay_ratio"] = ratio
-    if on_device:
-        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(group["lr"])
-        state["decay"].copy_(lr).mul_(weight_decay)
-    else:
-        state["decay"] = lr * weight_decay
-    return coefficients
-
-
-def _record(state: dict[str, Any], moments: GradientMoments, eps: float) -> None:
-    """Adds one informative gradient to a tensor's mean g-SNR."""
-    constant = moments.is_constant
-    gsnr = fallback_snr(moments) if constant else gradient_snr(moments, eps)
-    state["gsnr_count"] += 1
-    state["gsnr"] += (gsnr - state["gsnr"]) / state["gsnr_count"]
-    state["gsnr_fallback"] = state["gsnr_fallback"] or constant
-
-
-def _status(state: dict[str, Any]) -> str:
-    if state["gsnr_fallback"]:
-        return "fallback"
-    if state["gsnr_given"]:
-        return "given"
-    return "measured" if state["gsnr_step"] else "pending"
+    check_choice("state_dtype", options["state_dtype"], STATE_DTYPES, "None keeps the parameter's", optional=True)

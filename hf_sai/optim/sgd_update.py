@@ -29,16 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tensors import BLOCK_NUMEL, FUSED_DEVICES
+
 
 logger = logging.getLogger(__name__)
 
-# Elements per block of the temporaries that low precision needs: 4 MiB of float32.
-BLOCK_NUMEL = 1 << 20
 # Below this size calling the compiled kernel (30 us) costs more than it saves.
 COMPILED_NUMEL = 1 << 16
 # From this size on, one kernel launch per tensor is cheaper on an accelerator than the extra passes of foreach.
 ACCELERATOR_FUSED_NUMEL = 1 << 20
-_FUSED_DEVICES = ("cpu", "cuda")
 # The fused kernel is right for these only: in torch 2.13 its CPU version gives wrong bf16 and fp16 results (see
 # tests/test_updates.py).
 _NATIVE = (torch.float32, torch.float64)
@@ -56,6 +55,41 @@ class Coefficients:
     keep: Any  # float or Tensor
     pull: float
     step_size: Any  # float or Tensor
+
+
+def next_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float, starts: bool) -> Coefficients:
+    """
+    Of a tensor's update, with the decay folded into the buffer as it is derived above.
+
+    With a learning rate on the device what the next step needs stays there, in a tensor of its own.
+
+    Args:
+        group (`dict`): With `lr`, `momentum` and `weight_decay`.
+        state (`dict`): Of the tensor. `decay_ratio`, which is `c`, and `decay`, which is `c s`, are those of the step
+            before, and written for the next; not where there is no buffer.
+        scale (`float`): Of the learning rate. 0 marks a pending tensor, whose gradient is zero and which only decays.
+        starts (`bool`): Whether this is the first step of the buffer.
+    """
+    momentum, weight_decay = group["momentum"], group["weight_decay"]
+    on_device = isinstance(group["lr"], Tensor)
+    lr = group["lr"].detach() if on_device else float(group["lr"])
+    if not scale or not momentum:
+        scale = scale or 1.0
+        return Coefficients(0.0, weight_decay / scale, lr * scale)
+    ratio = weight_decay / scale
+    decay = state["decay"] if on_device else float(state["decay"])
+    if starts:
+        coefficients = Coefficients(0.0, ratio, lr * scale)
+    else:
+        pull = ratio - momentum * state["decay_ratio"]
+        coefficients = Coefficients(momentum * (1.0 - decay), pull, lr * scale)
+    state["decay_ratio"] = ratio
+    if on_device:
+        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(group["lr"])
+        state["decay"].copy_(lr).mul_(weight_decay)
+    else:
+        state["decay"] = lr * weight_decay
+    return coefficients
 
 
 @dataclass
@@ -131,7 +165,7 @@ def _path(
     native = same and param.dtype in _NATIVE
     on_cpu = param.device.type == "cpu"
     can_fuse = (
-        param.device.type in _FUSED_DEVICES
+        param.device.type in FUSED_DEVICES
         and param.is_contiguous()
         and grad.is_contiguous()
         and (buffer is None or buffer.is_contiguous())

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam_update import AdamBatch, adam_update, new_adam_state
+from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
-from .routing import ADAM, Layout, Route, layout_of, routes_of_group
+from .checks import check_choice, check_flag, check_number, check_share, check_whole
+from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
 from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
@@ -111,6 +112,8 @@ class SWAN(NamedOptimizer):
     ```
     """
 
+    _chosen = ("lora_whitening", "split_qkv", "target_modules")
+
     def __init__(
         self,
         params: ParamsT,
@@ -144,6 +147,10 @@ class SWAN(NamedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "max_batch_bytes": max_batch_bytes,
             "kind": "auto",
+            # What hf_sai.param_groups made the groups by. `None`: no module was asked.
+            "lora_whitening": None,
+            "split_qkv": False,
+            "target_modules": None,
         }
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -203,6 +210,12 @@ class SWAN(NamedOptimizer):
         ]
         return max((BYTES_PER_ELEMENT * count * numel for count, numel in counts), default=0)
 
+    def extra_bytes(self, one_at_a_time: bool = False) -> int:
+        """The most that a step needs for a while: as `whitening_bytes`, or Adam's float32 copies of low precision."""
+        to_adam = [row.param for row in self.routes() if row.route == ADAM and row.param.dtype != torch.float32]
+        copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
+        return max(self.whitening_bytes(one_at_a_time), copies)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Loads what `state_dict()` gave, Adam's moments in float32 whatever the parameters' dtype.
@@ -211,6 +224,7 @@ class SWAN(NamedOptimizer):
             `ValueError`: The state was written by another optimizer.
         """
         check_writer("SWAN", state_dict)
+        self._warn_of_other_options(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for saved_id, (_, _, param) in zip(saved_ids, self._params(), strict=True):
@@ -396,31 +410,18 @@ def _adam(group: dict[str, Any], batch: AdamBatch) -> None:
 def _check_options(options: dict[str, Any]) -> None:
     """Raises `ValueError` for the first option that is out of its range."""
     for name in ("lr", "weight_decay", "eps"):
-        if not 0.0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and >= 0 but is {options[name]}; give a number such as 0.001")
+        check_number(name, options[name], "give a number such as 0.001")
     for name in ("scale", "adam_lr_ratio"):
-        if not 0.0 < options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and > 0 but is {options[name]}; the default is 3.0")
+        check_number(name, options[name], "the default is 3.0", positive=True)
     check_whitening(options["whitening"], options["ns_steps"])
-    if options["whitening_dtype"] not in WHITENING_DTYPES:
-        raise ValueError(
-            f"whitening_dtype must be one of {', '.join(WHITENING_DTYPES)} but is {options['whitening_dtype']!r}; "
-            "float32 keeps all digits"
-        )
+    check_choice("whitening_dtype", options["whitening_dtype"], WHITENING_DTYPES, "float32 keeps all digits")
     betas = options["betas"]
     if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
         raise ValueError(f"betas must be two numbers in [0, 1) but is {betas!r}; the default is (0.9, 0.999)")
-    if not 0.0 <= options["momentum"] < 1.0:
-        raise ValueError(f"momentum must be in [0, 1) but is {options['momentum']}; the paper has none, 0.0")
+    check_share("momentum", options["momentum"], "the paper has none, 0.0")
     for name in ("maximize", "stochastic_rounding"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"{name} must be True or False but is {options[name]!r}; give one of the two")
-    size = options["max_batch_bytes"]
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise ValueError(
-            f"max_batch_bytes must be a whole number >= 1 or None but is {size!r}; None chooses by itself"
-        )
-    if options["kind"] not in KINDS:
-        raise ValueError(
-            f"kind must be one of {', '.join(KINDS)} but is {options['kind']!r}; 'auto' goes by the dimensions"
-        )
+        check_flag(name, options[name])
+    check_whole("max_batch_bytes", options["max_batch_bytes"], "None chooses by itself", optional=True)
+    check_choice("lora_whitening", options["lora_whitening"], LORA_POLICIES, optional=True)
+    check_flag("split_qkv", options["split_qkv"])
+    check_choice("kind", options["kind"], KINDS, "'auto' goes by the dimensions")

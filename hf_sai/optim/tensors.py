@@ -1,9 +1,17 @@
-"""What both optimizers ask of a parameter: whether it is sharded, its gradient, and whether that can be used."""
+"""What all optimizers here ask of tensors: sharded or not, the gradient and whether it can be used, blocks, bytes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+
+# Elements per block of the temporaries that low precision needs: 4 MiB of float32.
+BLOCK_NUMEL = 1 << 20
+# Where torch has fused kernels that are used here.
+FUSED_DEVICES = ("cpu", "cuda")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -37,3 +45,13 @@ def check_gradient(param: Tensor, name: str, optimizer: str) -> None:
         raise RuntimeError(
             f"{optimizer} needs real parameters but {name} is {param.dtype}; store it as real and view it as complex"
         )
+
+
+def optimizer_state_bytes(optimizer: Any) -> int:
+    """Bytes of the tensors in the optimizer's state."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )

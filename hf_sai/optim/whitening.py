@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_whole
+
 
 Method = Literal["newton_schulz", "polar_express", "svd"]
 METHODS = ("newton_schulz", "polar_express", "svd")
@@ -111,13 +113,8 @@ def check_whitening(method: str, steps: int | None) -> None:
         method (`str`): One of `METHODS`.
         steps (`int`, *optional*): `None` for the method's own.
     """
-    if method not in METHODS:
-        raise ValueError(f"whitening must be one of {', '.join(METHODS)} but is {method!r}; choose one")
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ValueError(
-            f"ns_steps must be a whole number >= 1 or None but is {steps!r}; None takes the method's own, "
-            f"{DEFAULT_STEPS[method]}"
-        )
+    check_choice("whitening", method, METHODS)
+    check_whole("ns_steps", steps, f"None takes the method's own, {DEFAULT_STEPS[method]}", optional=True)
 
 
 def swan_direction(

@@ -1,5 +1,6 @@
 """The report of a run: what was measured or routed, as data (`gsnr_report.json`), text, picture and page."""
 
+from ..optim.tensors import optimizer_state_bytes
 from .compare import DiffRow, ReportDiff
 from .report import (
     HISTORY_PNG,
@@ -9,7 +10,6 @@ from .report import (
     RouteRow,
     TensorRow,
     format_bytes,
-    optimizer_state_bytes,
 )
 from .schema import ReportError, thinned
 

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from ..files import write_whole
 from ..optim.registry import OptimizerRecord, record_of
 from ..optim.routing import ADAM, Route
+from ..optim.tensors import optimizer_state_bytes
 from ..upload import Destination, upload
 from . import schema
 from .schema import SCHEMA, STATUSES, ReportError
@@ -541,16 +541,6 @@ def format_bytes(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def optimizer_state_bytes(optimizer: Any) -> int:
-    """Bytes of the tensors in the optimizer's state."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
 
 
 def _adamw_state_bytes(groups: Iterable[dict[str, Any]]) -> int:
