@@ -12,13 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hub_server import connected, loopback_hub
+from support.pictures import no_pictures
 from torch import nn
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, create_optimizer
 from hf_sai.cli.run import Script, launch
 from hf_sai.hub.card import update_card
 from hf_sai.optim import OptionError
-from hf_sai.report import plots
 from hf_sai.stand_in import Replacement
 from trainer_patches.script_optimizer import (
     ForeignOptimizerError,
@@ -38,10 +38,10 @@ def run_script(monkeypatch, tmp_path):
     """
     Runs the stand-in for diffusers' scripts in this process, and returns what it found; draws a picture on request.
     """
-    draw = plots.report_png
 
     def run(*arguments, optim="sgd_sai", optim_args=None, picture=False):
-        monkeypatch.setattr(plots, "report_png", draw if picture else lambda report: b"")
+        if not picture:
+            no_pictures(monkeypatch)
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         monkeypatch.setattr(sys, "argv", ["hf-sai"])
         monkeypatch.setattr(sys, "path", ["", *sys.path])
@@ -107,7 +107,7 @@ def test_without_lr_ours_is_taken(run_script):
 def test_what_is_not_used_and_an_adamw_rate_are_said_once(run_script, caplog):
     with caplog.at_level(logging.WARNING):
         run_script("--params", "groups", "--learning_rate", "1e-4")
-    said = [record.getMessage() for record in caplog.records if record.name == "hf_sai.cli.run"]
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_sai.stand_in"]
     assert said[0] == "sgd_sai does not use what the script sets for AdamW: betas, eps."
     assert said[1].startswith("lr=0.0001 is a usual one for AdamW and small for sgd_sai: start at 1e-2 for full")
     assert len(said) == 2
@@ -116,7 +116,7 @@ def test_what_is_not_used_and_an_adamw_rate_are_said_once(run_script, caplog):
 def test_swan_takes_betas_eps_and_routes_from_the_modules(run_script, caplog):
     with caplog.at_level(logging.WARNING):
         found = run_script("--params", "groups", "--learning_rate", "1e-3", optim="swan", optim_args="scale=1")
-    assert [record.getMessage() for record in caplog.records if record.name == "hf_sai.cli.run"] == []
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_sai.stand_in"] == []
     optimizer = found["optimizer"]
     assert isinstance(optimizer, SWAN)
     first, second = optimizer.param_groups
@@ -310,7 +310,7 @@ def test_without_weight_decay_adamws_is_taken_and_warnings_come_once_for_two_opt
     with Replacement.of("sgd_sai", None, []).installed():
         for param in layer.parameters():
             torch.optim.AdamW([param], lr=1e-3, fused=True)
-    said = [record.getMessage() for record in caplog.records if record.name == "hf_sai.cli.run"]
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_sai.stand_in"]
     assert [text.split(":")[0] for text in said] == [
         "sgd_sai does not use what the script sets for AdamW",
         "lr=0.001 is a usual one for AdamW and small for sgd_sai",

@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
-from helpers import VOCABULARY, peak_allocated, tiny_llama, tiny_lora
 from reference import ReferenceSWAN
-from test_routing import tiny_gpt2, tiny_mixtral, tiny_vit
+from support.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_lora, tiny_mixtral, tiny_vit
+from support.processes import peak_allocated
 
 import hf_sai
 from hf_sai.optim import SWAN, swan
@@ -358,7 +358,7 @@ def test_stochastic_rounding_moves_what_plain_rounding_loses():
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "bf16", "large bf16"])
 def test_adams_part_equals_torchs_adamw(layout, monkeypatch):
-    from hf_sai.optim import adam
+    from hf_sai.optim import adam_update as adam
 
     monkeypatch.setattr(adam, "BLOCK_NUMEL", 64)
     start = torch.randn(6, 40) if layout == "large bf16" else torch.randn(6, 4)

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
-from helpers import peak_allocated
+from support.processes import peak_allocated
 
-from hf_sai.optim import SGDSaI, updates
+from hf_sai.optim import SGDSaI, sgd_update
 from hf_sai.optim.gsnr import CHUNK_NUMEL
 from hf_sai.optim.sgd_update import BLOCK_NUMEL, COMPILED_NUMEL, round_stochastically_
 
@@ -85,13 +85,13 @@ def taken(monkeypatch, params, **options):
     """How many tensors took each path in the second step."""
     counts = {"_single": 0, "_foreach": 0, "_fused": 0, "_compiled": 0}
     for name in counts:
-        original = getattr(updates, name)
+        original = getattr(sgd_update, name)
 
         def count(batch, name=name, original=original):
             counts[name] += len(batch.params)
             return original(batch)
 
-        monkeypatch.setattr(updates, name, count)
+        monkeypatch.setattr(sgd_update, name, count)
     optimizer = SGDSaI(params, **options)
     for step in range(2):
         for param in params:
@@ -102,7 +102,7 @@ def taken(monkeypatch, params, **options):
 
 
 def test_low_precision_is_kept_away_from_the_fused_kernel_for_a_reason():
-    """If this fails, torch has mended its CPU kernel, and `updates._NATIVE` can be looked at again."""
+    """If this fails, torch has mended its CPU kernel, and `sgd_update._NATIVE` can be looked at again."""
     param, grad, buffer = (torch.randn(64).bfloat16() for _ in range(3))
     expected = 0.9 * buffer.float() + 0.1 * grad.float()
     options = {"weight_decay": 0.0, "momentum": 0.9, "dampening": 0.9, "lr": 0.1, "nesterov": False}
