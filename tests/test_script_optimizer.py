@@ -140,7 +140,7 @@ def test_options_that_are_typed_go_before_the_scripts(run_script):
     [
         (["--use_8bit_adam"], "bitsandbytes.optim.AdamW8bit", "remove --use_8bit_adam from the script's options"),
         (["--optimizer", "prodigy"], "prodigyopt.prodigy.Prodigy", "remove --optimizer from the script's options"),
-        (["--optimizer=adam"], "torch.optim.adam_update.Adam", "remove --optimizer from the script's options"),
+        (["--optimizer=adam"], "torch.optim.adam.Adam", "remove --optimizer from the script's options"),
     ],
 )
 def test_another_optimizer_stops_at_its_first_step(run_script, flags, steps, remedy):

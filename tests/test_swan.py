@@ -358,9 +358,9 @@ def test_stochastic_rounding_moves_what_plain_rounding_loses():
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "bf16", "large bf16"])
 def test_adams_part_equals_torchs_adamw(layout, monkeypatch):
-    from hf_sai.optim import adam_update as adam
+    from hf_sai.optim import adam_update
 
-    monkeypatch.setattr(adam, "BLOCK_NUMEL", 64)
+    monkeypatch.setattr(adam_update, "BLOCK_NUMEL", 64)
     start = torch.randn(6, 40) if layout == "large bf16" else torch.randn(6, 4)
     start = start.bfloat16() if "bf16" in layout else start
     param = torch.nn.Parameter(start.clone().t() if layout == "transposed" else start.clone())
