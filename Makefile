@@ -1,17 +1,21 @@
-# make demo | test | test-oldest | bench-quick | style | quality | docs, each building .venv first where it is missing or older than what it is made from.
+# make demo | test | test-fast | test-oldest | bench-quick | style | quality | docs | dist, each building .venv first where it
+# is missing or older than what it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 # Tests side by side; each uses about 1.5 GB at most.
 WORKERS := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-oldest bench-quick style quality docs clean
+.PHONY: demo test test-fast test-oldest bench-quick style quality docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest $(WORKERS)
@@ -31,6 +35,9 @@ quality: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+dist: $(READY)
+	tools/dist.sh
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
@@ -45,4 +52,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest demo_output site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo_output dist site .pytest_cache .mypy_cache .ruff_cache

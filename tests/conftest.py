@@ -33,10 +33,21 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+pytest.register_assert_rewrite("support")  # before its first import, so that its asserts say what they compared
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """The same random numbers in every test, alone or together."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """For tests that train a lot: a picture takes as long as a training here, and has tests of its own."""
+    from support.pictures import no_pictures
+
+    no_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +55,8 @@ def processes():
     """Forks of one process that has imported all: a new one would need seconds for it. The list is read once."""
     context = multiprocessing.get_context("forkserver")
     trainers = [f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "reward")]
-    context.set_forkserver_preload(["helpers", "hf_sai.trainer", "hf_sai.cli.run", "hf_sai.report.plots", *trainers])
+    ours = ["support.models", "support.trainers", "hf_sai.trainer", "hf_sai.cli.run", "hf_sai.report.plots"]
+    context.set_forkserver_preload([*ours, *trainers])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path])))
         yield context

@@ -8,8 +8,9 @@ import io
 import numpy
 import pytest
 import torch
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
 from reference import ReferencePair
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import arguments, trainable
 
 import hf_sai
 from hf_sai.optim import OptionError, SGDSaI, SGDSaILayerwise

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
 from peft.optimizers import create_loraplus_optimizer
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import arguments, trainable
 from transformers import Trainer, TrainingArguments
 
 import hf_sai
@@ -124,12 +125,7 @@ ARGUMENTS = {
     **dict.fromkeys((LikeUnsloth, MadeUnsloth), LikeUnslothArguments),
     **dict.fromkeys((LikeAxolotl, MadeAxolotl), LikeAxolotlArguments),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes as long as a training here, and is tested elsewhere."""
-    monkeypatch.setattr("hf_sai.report.plots.report_png", lambda report: b"")
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def run(folder, cls, optim, build=tiny_llama, callback=None, config=None, choice=None, **changed):

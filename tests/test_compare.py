@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from test_html import report_of, tensor_row
+from support.reports import report_of, tensor_row
 from typer.testing import CliRunner
 
 from hf_sai import GSNRReport

@@ -7,7 +7,18 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import STEPS, LossModule, load_into_new, on_two_ranks, save, shard, train, uneven_llama, whole
+from support.distributed import (
+    STEPS,
+    LossModule,
+    batches,
+    load_into_new,
+    on_two_ranks,
+    save,
+    shard,
+    train,
+    uneven_llama,
+    whole,
+)
 
 import hf_sai
 from hf_sai.optim import SWAN, whitening
@@ -36,7 +47,6 @@ def fsdp_worker(rank, folder, name):
 
 
 def ddp_worker(rank, folder, name):
-    from test_distributed import batches
     from torch.nn.parallel import DistributedDataParallel
 
     model = uneven_llama()

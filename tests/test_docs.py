@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers import tiny_llama, token_blocks
 from hub_server import connected, loopback_hub
+from support.models import tiny_llama, token_blocks
 from typer.testing import CliRunner
 
 from hf_sai.cli import app

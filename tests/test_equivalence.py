@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
-from test_distributed import free_port
-from test_swan_trainer import StopAt
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.processes import free_port
+from support.trainers import StopAt, arguments, trainable
 from transformers import Trainer
 
 from hf_sai import GSNRReport, SaITrainer

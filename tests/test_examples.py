@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiny_llama
 from safetensors.torch import load_file
+from support.models import tiny_llama
 
 from hf_sai import GSNRReport
 

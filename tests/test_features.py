@@ -9,9 +9,9 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
 from safetensors.torch import load_file
-from test_swan_trainer import StopAt
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import StopAt, arguments, trainable
 from transformers import TrainerCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import HPSearchBackend
@@ -23,12 +23,7 @@ from hf_sai.live import unwrap_optimizer
 
 LEARNING_RATE = {"sgd_sai": 0.02, "swan": 2e-3}
 both = pytest.mark.parametrize("optim", LEARNING_RATE)
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes as long as a training here, and is tested elsewhere."""
-    monkeypatch.setattr("hf_sai.report.plots.report_png", lambda report: b"")
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def build(folder, optim, model=None, data=None, callbacks=(), **changed):

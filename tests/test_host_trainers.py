@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import VOCABULARY, arguments, tiny_llama, token_blocks, trainable
 from peft import LoraConfig
-from test_trainer import word_tokenizer
+from support.models import VOCABULARY, tiny_llama, token_blocks, word_tokenizer
+from support.trainers import arguments, trainable
 from transformers import (
     LlamaForSequenceClassification,
     Seq2SeqTrainer,
@@ -74,12 +74,7 @@ CASES = {
     "reward": (RewardTrainer, RewardConfig, reward, {"bf16": False}),
     "sft with an adapter": (SFTTrainer, SFTConfig, sft, {"bf16": False}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes as long as a training here, and is tested elsewhere."""
-    monkeypatch.setattr("hf_sai.report.plots.report_png", lambda report: b"a picture")
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 class Gradients(TrainerCallback):

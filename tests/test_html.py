@@ -12,28 +12,15 @@ from collections import Counter
 
 import pytest
 from matplotlib.image import imread
+from support.reports import report_of, tensor_row
 
-from hf_sai import GSNRReport
 from hf_sai.report.html import MAX_KINDS, colour_of
-from hf_sai.report.report import RouteRow, TensorRow
+from hf_sai.report.report import RouteRow
 
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROME is None, reason="no chromium or chrome is installed")
 EVIL = "head.<script>alert(1)</script>\"'&amp;.weight"
-
-
-def tensor_row(name, layer, shape, ratio, status="measured", kind=None):
-    numel = math.prod(shape)
-    gsnr = 0.0 if status == "pending" else ratio * math.sqrt(numel)
-    settled = status != "pending"
-    return TensorRow(name, kind or name.split(".")[-2], layer, shape, numel, gsnr, ratio * settled, gsnr, 0.1 * gsnr,
-                     int(settled), status)  # fmt: skip
-
-
-def report_of(rows, **changed):
-    fields = {"history": [], "schedule": [0.5, 1.0], "versions": {"hf_sai": "0.1.0"}, "run": {"seed": 1}, **changed}
-    return GSNRReport("sgd_sai", {"normalize": "none"}, 0.1, 0.0, 1.0, rows, [], 3_000_000, 6_000_000, **fields)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, files_below, tiny_llama, tiny_lora, token_blocks, trainable
 from hub_server import connected, loopback_hub, online
 from huggingface_hub import ModelCard
-from test_push import FOREVER, TOKEN, command_in
+from support.hub import FOREVER, TOKEN, command_in
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import arguments, files_below, trainable
 from typer.testing import CliRunner
 
 from hf_sai import GSNRReport, SaIConfig, SaITrainer
@@ -77,7 +78,8 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 import hf_sai
-from helpers import arguments, tiny_llama, token_blocks
+from support.models import tiny_llama, token_blocks
+from support.trainers import arguments
 full = AutoModelForCausalLM.from_pretrained("user/full", revision="main")
 lora = PeftModel.from_pretrained(tiny_llama(), "user/lora")
 weights = {n: p.detach() for m in (full, lora) for n, p in m.named_parameters() if m is full or "lora_" in n}
@@ -289,7 +291,8 @@ def test_another_rank_sends_nothing_and_waits_for_nobody(hub, tmp_path, monkeypa
 
 SCRIPT = """
 import sys
-from helpers import arguments, tiny_lora, token_blocks
+from support.models import tiny_lora, token_blocks
+from support.trainers import arguments
 import hf_sai
 config = hf_sai.SaIConfig(hub_strict="strict" in sys.argv, hub_timeout=float(sys.argv[2]))
 token = sys.argv[3] if len(sys.argv) > 3 and sys.argv[3].startswith("hf_") else None

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import arguments, tiny_llama, tiny_lora
+from support.models import tiny_llama, tiny_lora
+from support.trainers import arguments
 from transformers import Trainer
 
 import hf_sai

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, tiny_lora, token_blocks, trainable
+from support.models import tiny_lora, token_blocks
+from support.pictures import no_pictures
+from support.trainers import arguments, trainable
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sai import GSNRReport, SaITrainer
 from hf_sai.files import copy_whole
-from hf_sai.report import plots
 
 
 STEPS = 12
@@ -68,7 +69,7 @@ def worker(folder, save_steps, resume=None, started=None, write=None, pictures=F
     """A training in a process of its own, which may be killed from outside, or at a write."""
     gc.freeze()  # what was imported before is not looked through by every collection
     if not pictures:  # they take more time than the training: most moments would be in one
-        plots.report_png = lambda report: b"a picture"
+        no_pictures()
     if write is not None:
         kill_at_write(folder, *write)
     train(folder, save_steps, resume, [Slow(started)] if started is not None else [])

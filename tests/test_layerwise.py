@@ -9,7 +9,9 @@ import weakref
 
 import pytest
 import torch
-from helpers import arguments, peak_allocated, tiny_llama, token_blocks, trainable
+from support.models import tiny_llama, token_blocks
+from support.processes import peak_allocated
+from support.trainers import arguments, trainable
 
 from hf_sai import GSNRReport, SaITrainer, SGDSaI
 from hf_sai.optim import SGDSaILayerwise

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import arguments, trainable
 
 import hf_sai
 from hf_sai import GSNRReport, SaITrainer, SGDSaI

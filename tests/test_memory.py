@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from helpers import VOCABULARY, peak_allocated
 from peft import LoraConfig, get_peft_model
+from support.models import VOCABULARY
+from support.processes import peak_allocated
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor

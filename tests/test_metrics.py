@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, token_blocks
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
-from test_trainer import word_tokenizer
+from support.models import tiny_llama, token_blocks, word_tokenizer
+from support.trainers import arguments
 from transformers import EvalPrediction
 
 from hf_sai import SaITrainer

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import STAGES, connected, loopback_hub, online, wait_until
+from support.hub import FOREVER, OTHER_TOKEN, TOKEN, command_in
 from typer.testing import CliRunner
 
 from hf_sai.cli import app
@@ -21,10 +22,7 @@ from hf_sai.hub.push import Destination, HostPushes, Push, PushError, TokenInFil
 from hf_sai.upload import LONGEST_WAIT, UploadError, refuse_tokens, within
 
 
-TOKEN = "hf_" + "SecretSecretSecretSecret" + "0123456789"
-OTHER_TOKEN = "no-usual-form-of-a-token"
 CARD = "---\nlicense: mit\n---\n\n# A card\n"
-FOREVER = 10**6
 PASSES = (409, 412, 429, 500, 503, "reset", "lost", "truncated")
 STAYS = (401, 403, 404)
 
@@ -241,12 +239,6 @@ def test_the_command_repeats_the_push(tmp_path):
         "last-checkpoint",
         "--create-pr",
     ]
-
-
-def command_in(text):
-    """The arguments of the last `hf-sai push` that a text tells to run."""
-    line = next(line for line in reversed(text.splitlines()) if "hf-sai push" in line)
-    return shlex.split(line[line.index("hf-sai push") :])[1:]
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -7,8 +7,10 @@ import os
 
 import pytest
 import torch
-from helpers import arguments, tiny_lora, token_blocks, trainable
-from test_distributed import free_port
+from support.models import tiny_lora, token_blocks
+from support.pictures import no_pictures
+from support.processes import free_port
+from support.trainers import arguments, trainable
 
 from hf_sai import GSNRReport, SaIConfig, SaITrainer
 
@@ -56,11 +58,9 @@ def rank_main(rank, port, folder, optim, failing):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     os.environ.update({key: str(value) for key, value in place.items()})
-    from hf_sai.report import plots, report
-
-    plots.report_png = plots.history_png = lambda report: b"a picture"
+    no_pictures()
     if failing and rank == 0:
-        report.write_whole = full_disk
+        pytest.MonkeyPatch().setattr("hf_sai.report.report.write_whole", full_disk)
     warned = []
     logging.getLogger("hf_sai").addHandler(type("Keep", (logging.Handler,), {"emit": lambda _, r: warned.append(r)})())
     changed = {"save_strategy": "steps", "save_steps": 2, "ddp_backend": "gloo", "max_steps": 4}

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_llama
+from support.models import tiny_llama
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
 from hf_sai.report import ReportError, optimizer_state_bytes

@@ -4,40 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOCABULARY, tiny_llama
 from peft import LoraConfig, get_peft_model
+from support.models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_vit
 from torch import nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from hf_sai.optim.routing import ADAM, Layout, layout_of, route_by_shape, route_parameters, summary
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2))
-
-
-def tiny_vit():
-    torch.manual_seed(0)
-    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24}
-    return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_labels=10))
-
-
-def tiny_mixtral():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
-    config = MixtralConfig(**sizes, **heads)
-    config._experts_implementation = "eager"  # the others know no float64
-    return MixtralForCausalLM(config)
 
 
 def routed(model, **options):

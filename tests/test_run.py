@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import HF_SAI, assert_ended, call, free_port
 
 from hf_sai import GSNRReport
 
 
-HF_SAI = [sys.executable, "-c", "import sys; from hf_sai.cli import app; sys.exit(app(prog_name='hf-sai'))"]
 LIKE_DIFFUSERS = str(Path(__file__).parent / "fixtures" / "script_like_diffusers.py")
 
 PROBE = """
@@ -36,19 +33,6 @@ if "interrupt" in sys.argv:
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
 """
-
-
-def call(command, cwd, **env):
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell has put behind
-    )
 
 
 @pytest.fixture
@@ -143,23 +127,17 @@ def test_an_optimizer_that_is_not_reached_is_an_error_of_the_process(tmp_path):
     assert frames[0].startswith(f'  File "{LIKE_DIFFUSERS}", line ')
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
-def assert_ended(done):
-    """
-    Both processes came to their end. Under load gloo's threads (torch 2.13) at times abort a process that is through
-    with its script and has left the group; what it wrote before is then what counts.
-    """
-    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr
-
-
 @pytest.mark.timeout(150)
 def test_two_processes_through_torchrun_end_with_the_same_weights(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     own = ["-m", "hf_sai.run", "--optim", "sgd_sai", "--optim_args", "momentum=0.5", LIKE_DIFFUSERS]
     script = ["--output", str(tmp_path), "--params", "groups", "--learning_rate", "0.1"]
     done = call([*launcher, *own, *script], tmp_path, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hub_server import connected, loopback_hub
+from support.pictures import no_pictures
 from torch import nn
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, create_optimizer
 from hf_sai.cli.run import Script, launch
 from hf_sai.hub.card import update_card
 from hf_sai.optim import OptionError
-from hf_sai.report import plots
 from hf_sai.stand_in import Replacement
 from trainer_patches.script_optimizer import (
     ForeignOptimizerError,
@@ -38,10 +38,10 @@ def run_script(monkeypatch, tmp_path):
     """
     Runs the stand-in for diffusers' scripts in this process, and returns what it found; draws a picture on request.
     """
-    draw = plots.report_png
 
     def run(*arguments, optim="sgd_sai", optim_args=None, picture=False):
-        monkeypatch.setattr(plots, "report_png", draw if picture else lambda report: b"")
+        if not picture:
+            no_pictures(monkeypatch)
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         monkeypatch.setattr(sys, "argv", ["hf-sai"])
         monkeypatch.setattr(sys, "path", ["", *sys.path])

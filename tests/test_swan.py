@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
-from helpers import VOCABULARY, peak_allocated, tiny_llama, tiny_lora
 from reference import ReferenceSWAN
-from test_routing import tiny_gpt2, tiny_mixtral, tiny_vit
+from support.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_lora, tiny_mixtral, tiny_vit
+from support.processes import peak_allocated
 
 import hf_sai
 from hf_sai.optim import SWAN, swan

@@ -6,9 +6,10 @@ import logging
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
 from huggingface_hub import ModelCard
-from transformers import Trainer, TrainerCallback
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import StopAt, arguments, trainable
+from transformers import Trainer
 
 import hf_sai
 from hf_sai import SWAN, GSNRReport, OptionError, SaITrainer, SWANLayerwise
@@ -94,16 +95,6 @@ def test_a_policy_that_leaves_nothing_names_the_remedy(tmp_path):
     trainer = SaITrainer(tiny_lora(), args, train_dataset=token_blocks())
     with pytest.raises(ValueError, match="widen target_modules or lora_policy"):
         trainer.train()
-
-
-class StopAt(TrainerCallback):
-    """Ends a training after a step, as an interruption would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize("optim_args", [None, "momentum=0.9"])
@@ -195,7 +186,7 @@ def test_sft_trainer_with_an_adapter(tmp_path):
     args = swan_arguments(tmp_path, cls=SFTConfig, bf16=False, max_length=None, packing=False)
     rows = [{"input_ids": row["input_ids"].tolist()} for row in token_blocks()]
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    from test_trainer import word_tokenizer
+    from support.models import word_tokenizer
 
     trainer = hf_sai.make_trainer(SFTTrainer)(
         tiny_llama(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
-from helpers import arguments, tiny_lora, token_blocks
+from support.models import tiny_lora, token_blocks
+from support.trainers import arguments
 
 from hf_sai import SaIConfig, SaITrainer
 

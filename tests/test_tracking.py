@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks, trainable
-from test_swan_trainer import StopAt
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import StopAt, arguments, trainable
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 import hf_sai

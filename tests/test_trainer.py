@@ -10,16 +10,16 @@ import sys
 
 import pytest
 import torch
-from helpers import VOCABULARY, arguments, files_below, tiny_llama, tiny_lora, token_blocks, trainable
 from huggingface_hub import ModelCard
+from support.hub import TOKEN
+from support.models import tiny_llama, tiny_lora, token_blocks, word_tokenizer
+from support.pictures import drawn_reports
+from support.trainers import StopAt, arguments, files_below, trainable
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 import hf_sai
 from hf_sai import GSNRCallback, GSNRReport, SaITrainer, SaITrainerMixin, SGDSaI, make_trainer
-
-
-TOKEN = "hf_" + "SecretSecretSecretSecret" + "0123456789"
 
 
 def test_lora_both_factors_move_and_are_measured_when_they_can_be(tmp_path):
@@ -80,7 +80,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, build, optim_args):
     whole = run(tmp_path / "whole")
     whole.train()
     first = run(tmp_path / "resumed")
-    first.add_callback(StopAfter(3))
+    first.add_callback(StopAt(3))
     first.train()
     resumed = run(tmp_path / "resumed", seed=5)  # its trained weights must come from the checkpoint
     if build is tiny_lora:  # an adapter's checkpoint does not hold the base model
@@ -91,14 +91,6 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, build, optim_args):
     assert all(torch.equal(value, expected[name]) for name, value in trainable(resumed.model).items())
     reports = [GSNRReport.load(tmp_path / name) for name in ("whole", "resumed")]
     assert reports[0].tensors == reports[1].tensors
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 def test_report_is_in_every_checkpoint_and_in_the_output(tmp_path):
@@ -214,11 +206,7 @@ def test_a_report_of_an_earlier_run_is_put_aside(tmp_path):
 
 
 def test_the_final_picture_shows_what_was_measured_last(tmp_path, monkeypatch):
-    drawn = []
-    from hf_sai.report import plots
-
-    original = plots.report_png
-    monkeypatch.setattr(plots, "report_png", lambda report: drawn.append(report) or original(report))
+    drawn = drawn_reports(monkeypatch)
     trainer = SaITrainer(tiny_lora(), arguments(tmp_path), train_dataset=token_blocks())
     trainer.train()
     assert [len(report.by_status("pending")) for report in drawn] == [14, 0]
@@ -433,13 +421,3 @@ def test_metrics_of_trl_are_those_of_a_run_without_us(tmp_path):
         logged.append([e["mean_token_accuracy"] for e in trainer.state.log_history if "mean_token_accuracy" in e])
     assert logged[0] == logged[1]
     assert len(logged[0]) == 1
-
-
-def word_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{index}": index for index in range(VOCABULARY - 1)} | {"<eos>": VOCABULARY - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")

@@ -9,12 +9,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from support.hub import TOKEN
 from transformers import TrainingArguments
 
 from trainer_patches import token_free_pickles
-
-
-TOKEN = "hf_" + "SecretSecretSecretSecret" + "0123456789"
 
 
 def saved(args):

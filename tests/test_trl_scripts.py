@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_llama
-from test_run import HF_SAI, assert_ended, call, free_port
+from support.models import tiny_llama
+from support.processes import HF_SAI, assert_ended, call, free_port
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -124,7 +124,7 @@ def test_a_script_trains_in_a_process_of_its_own(files, tmp_path):
 def test_two_processes_through_accelerate_launch(files, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--main_process_port", free_port(), "-m", "hf_sai.run"]
+    launcher += ["--main_process_port", str(free_port()), "-m", "hf_sai.run"]
     arguments = command(files, "sft", "swan", "scale=2.0")
     done = call([*launcher, *arguments], tmp_path, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     assert_ended(done)

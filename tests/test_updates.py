@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import peak_allocated
+from support.processes import peak_allocated
 
 from hf_sai.optim import SGDSaI, sgd_update
 from hf_sai.optim.gsnr import CHUNK_NUMEL

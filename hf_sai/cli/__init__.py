@@ -1,4 +1,4 @@
-"""The command line: `hf-sai run`, `list`, `memory`, `report`, `compare`, `push`."""
+"""The command line: `hf-sai run`, `list`, `memory`, `report`, `compare`, `push`, `env`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from .env import env as _env
 from .memory import memory as _memory
 from .push import push
 from .report import compare as _compare
@@ -38,6 +39,7 @@ app = _App(
 app.command(name="run", help=HELP, context_settings={"allow_interspersed_args": False})(_run)
 app.command(name="push")(push)
 app.command(name="memory")(_memory)
+app.command(name="env")(_env)
 
 
 @app.command(name="list")
