@@ -18,7 +18,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sai import GSNRReport, SaITrainer
-from hf_sai.report import copy_whole, plots
+from hf_sai.files import copy_whole
+from hf_sai.report import plots
 
 
 STEPS = 12

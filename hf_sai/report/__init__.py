@@ -1,16 +1,8 @@
 """The report of a run: what was measured or routed, as data (`gsnr_report.json`), text, picture and page."""
 
-from .compare import DiffRow, ReportDiff
-from .report import (
-    HISTORY_PNG,
-    REPORT_JSON,
-    REPORT_PNG,
-    GSNRReport,
-    RouteRow,
-    TensorRow,
-    format_bytes,
-    optimizer_state_bytes,
-)
+from .compare import DiffRow
+from .data import RouteRow, TensorRow, format_bytes, optimizer_state_bytes
+from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportDiff
 from .schema import ReportError, thinned
 
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
 from ..optim.routing import ADAM
-from .report import format_bytes, mean_scale, moved_most, scale_limits
+from .data import ReportData, RouteRow, TensorRow, format_bytes, mean_scale, moved_most, scale_limits
 from .schema import STATUSES
 
-
-if TYPE_CHECKING:
-    from .report import GSNRReport, RouteRow, TensorRow
 
 MAX_ROWS = 10_000  # of the table; a page of 5 MB
 MAX_KINDS = 60  # of the map
@@ -25,8 +22,8 @@ ROW_HEIGHT, LABEL_WIDTH, WIDTH, HEIGHT, MARGIN = 20, 210, 760, 260, 46
 _COLOURS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
 
 
-def report_html(report: GSNRReport) -> str:
-    """The page; see [`GSNRReport.to_html`]."""
+def report_html(report: ReportData) -> str:
+    """The page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_sai.report"),
         undefined=jinja2.StrictUndefined,
@@ -57,7 +54,7 @@ def report_html(report: GSNRReport) -> str:
     )
 
 
-def _facts(report: GSNRReport) -> list[tuple[str, str]]:
+def _facts(report: ReportData) -> list[tuple[str, str]]:
     counts = report.summary()
     facts = [("learning rate, peak", f"{report.learning_rate:g}")]
     if report.routes:
@@ -81,14 +78,14 @@ def _facts(report: GSNRReport) -> list[tuple[str, str]]:
     return [*facts, ("optimizer state", state)]
 
 
-def _memory(report: GSNRReport) -> list[tuple[str, str, float]]:
+def _memory(report: ReportData) -> list[tuple[str, str, float]]:
     """Name, size and width in percent of two bars."""
     largest = max(report.state_bytes, report.adamw_state_bytes, 1)
     sizes = ((report.optimizer, report.state_bytes), ("AdamW", report.adamw_state_bytes))
     return [(name, format_bytes(size), 100.0 * size / largest) for name, size in sizes]
 
 
-def _map(report: GSNRReport, rows: list[Any]) -> dict[str, Any]:
+def _map(report: ReportData, rows: list[Any]) -> dict[str, Any]:
     """One cell per kind of tensor and layer, coloured by scale, or of SWAN by route."""
     cells: dict[tuple[str, int | None], list[Any]] = {}
     for row in rows:
@@ -148,7 +145,7 @@ def colour_of(scale: float, limits: tuple[float, float]) -> str:
     return _rgb(mixed)
 
 
-def _depth(report: GSNRReport) -> dict[str, Any] | None:
+def _depth(report: ReportData) -> dict[str, Any] | None:
     """One mark per tensor: layer against g-SNR / sqrt(numel)."""
     settled = [row for row in report.tensors if row.status != "pending"][:MAX_ROWS]
     if not settled:
@@ -180,7 +177,7 @@ def _depth(report: GSNRReport) -> dict[str, Any] | None:
     }
 
 
-def _drift(report: GSNRReport) -> dict[str, Any] | None:
+def _drift(report: ReportData) -> dict[str, Any] | None:
     """g-SNR over time as a ratio to the first: the span of all tensors, and medians of the kinds that moved most."""
     drift = [entry for entry in report.drift() if entry["min"] > 0.0]
     if not drift:
@@ -252,7 +249,7 @@ _ROUTE_COLUMNS = (
 )
 
 
-def _tensor_cells(report: GSNRReport, row: TensorRow) -> list[tuple[str, Any]]:
+def _tensor_cells(report: ReportData, row: TensorRow) -> list[tuple[str, Any]]:
     """Text and sorting value per column; a value of `""` sorts last."""
     name, layer, shape = _first_cells(row)
     if row.status == "pending":

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .report import format_bytes
+from .data import ReportData, format_bytes
 from .schema import STATUSES
 
-
-if TYPE_CHECKING:
-    from .report import GSNRReport
 
 _COLUMNS = ("tensors", "shape", "scale", "g-SNR / sqrt(numel)", "learning rate", "step", "status")
 
 
-def report_markdown(report: GSNRReport) -> str:
-    """The report; see [`GSNRReport.to_markdown`]."""
+def report_markdown(report: ReportData) -> str:
+    """The report, as Markdown."""
     counts = report.summary()
     facts = [("learning rate (peak)", f"{report.learning_rate:g}"), ("weight decay", f"{report.weight_decay:g}")]
     facts += [(name, str(value)) for name, value in {**report.options, **report.run}.items()]

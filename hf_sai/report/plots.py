@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -13,26 +13,23 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..optim.routing import ADAM
-from .report import format_bytes, mean_scale, moved_most, scale_limits
+from .compare import Comparison
+from .data import ReportData, TensorRow, format_bytes, mean_scale, moved_most, scale_limits
 
-
-if TYPE_CHECKING:
-    from .compare import ReportDiff
-    from .report import GSNRReport, TensorRow
 
 MAX_KINDS = 24
 MAX_LINES = 9
 PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR, ADAM_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97", "#e09f3e"
 # kind, layer -> the tensors there (several where an adapter has more than one matrix of a kind)
-Cells = dict[tuple[str, int | None], list["TensorRow"]]
+Cells = dict[tuple[str, int | None], list[TensorRow]]
 
 
-def report_png(report: GSNRReport) -> bytes:
+def report_png(report: ReportData) -> bytes:
     """[`report_figure`] as PNG, 1500 pixels wide; of SWAN 1000."""
     return _png(report_figure(report))
 
 
-def report_figure(report: GSNRReport) -> Figure:
+def report_figure(report: ReportData) -> Figure:
     """
     The picture of a run.
 
@@ -55,18 +52,18 @@ def report_figure(report: GSNRReport) -> Figure:
     return figure
 
 
-def diff_png(diff: ReportDiff, ratio: float | None = None) -> bytes:
+def diff_png(diff: Comparison, ratio: float | None = None) -> bytes:
     """[`diff_figure`] as PNG, 800 pixels wide."""
     return _png(diff_figure(diff, ratio))
 
 
-def diff_figure(diff: ReportDiff, ratio: float | None = None) -> Figure:
+def diff_figure(diff: Comparison, ratio: float | None = None) -> Figure:
     """
     One point per tensor that both runs have: its value in the first run against that in the second, with the line
     where they are equal.
 
     Args:
-        diff (`ReportDiff`): The comparison.
+        diff (`Comparison`): The comparison.
         ratio (`float`, *optional*): What is further apart than this is red, and the band is drawn.
     """
     figure = Figure(figsize=(8, 7), dpi=100, layout="constrained")
@@ -98,7 +95,7 @@ def diff_figure(diff: ReportDiff, ratio: float | None = None) -> Figure:
     return figure
 
 
-def _routes_figure(report: GSNRReport) -> Figure:
+def _routes_figure(report: ReportData) -> Figure:
     entries = sorted(report.by_route(), key=lambda entry: entry["numel"], reverse=True)
     total = sum(entry["numel"] for entry in entries) or 1
     shown, hidden = entries[:MAX_KINDS], entries[MAX_KINDS:]
@@ -144,7 +141,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def history_png(report: GSNRReport) -> bytes:
+def history_png(report: ReportData) -> bytes:
     """
     g-SNR over training as PNG, 1000 pixels wide: the median of each kind of tensor, as a ratio to its first
     measurement, and the span of all tensors in grey.
@@ -170,7 +167,7 @@ def history_png(report: GSNRReport) -> bytes:
     return _png(figure)
 
 
-def _headline(report: GSNRReport) -> str:
+def _headline(report: ReportData) -> str:
     counts = report.summary()
     parts = [
         f"{int(counts[status])} {status}" for status in ("measured", "given", "fallback", "pending") if counts[status]
@@ -179,7 +176,7 @@ def _headline(report: GSNRReport) -> str:
     return f"Learning-rate scale of {len(report.tensors)} tensors (g-SNR): {', '.join(parts)}  |  {learning_rate}"
 
 
-def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kinds: list[str], hidden: int) -> None:
+def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kinds: list[str], hidden: int) -> None:
     outside: list[int | None] = [None] if any(layer is None for _, layer in cells) else []
     layers = [*outside, *sorted({layer for _, layer in cells if layer is not None})]
     mappable = axes.scatter([], [], c=[], norm=LogNorm(*scale_limits(report.tensors)), cmap="viridis")
@@ -223,7 +220,7 @@ def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, 
         )
 
 
-def _draw_against_size(axes: Any, report: GSNRReport) -> None:
+def _draw_against_size(axes: Any, report: ReportData) -> None:
     settled = [row for row in report.tensors if row.status != "pending"]
     pending = report.by_status("pending")
     normalizer = report.gsnr_max if report.options.get("normalize") == "max" and report.gsnr_max else 1.0

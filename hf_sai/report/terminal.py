@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from .compare import Comparison, DiffRow
+from .data import ReportData, TensorRow
 from .schema import STATUSES
 
-
-if TYPE_CHECKING:
-    from .compare import DiffRow, ReportDiff
-    from .report import GSNRReport, TensorRow
 
 WIDTH = 80
 STYLES = {"measured": "green", "given": "cyan", "fallback": "red", "pending": "yellow"}
 _MOST, _MANY = 5, 20
 
 
-def report_view(report: GSNRReport) -> Group:
+def report_view(report: ReportData) -> Group:
     """What [`rich.console.Console.print`] shows: options, counts, and a table by kind of tensor."""
     options = ", ".join(f"{name}={value}" for name, value in report.options.items())
     head = Text(printable(report.optimizer), style="bold")
@@ -44,8 +42,8 @@ def plain(view: Any) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
-def plain_text(report: GSNRReport) -> str:
-    """The report as text; see [`GSNRReport.to_text`]."""
+def plain_text(report: ReportData) -> str:
+    """The report as text."""
     return plain(report_view(report))
 
 
@@ -73,7 +71,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _counts(report: GSNRReport) -> Text:
+def _counts(report: ReportData) -> Text:
     counts = report.summary()
     if report.routes:
         whitened = f"{counts['whitened']:.0f} whitened ({counts['whitened_share']:.1%} of the elements)"
@@ -82,7 +80,7 @@ def _counts(report: GSNRReport) -> Text:
     return Text(f"{len(report.tensors)} tensors: ").append_text(Text(", ").join(states))
 
 
-def _routes(report: GSNRReport) -> list[Any]:
+def _routes(report: ReportData) -> list[Any]:
     rows = table(("tensors", 32), ("no.", -4), ("shape", -12), ("route", 29))
     for entry in report.by_route():
         route = Text(printable(f"{entry['route']}: {entry['reason']}"), overflow="ellipsis")
@@ -90,7 +88,7 @@ def _routes(report: GSNRReport) -> list[Any]:
     return [rows]
 
 
-def _scales(report: GSNRReport) -> list[Any]:
+def _scales(report: ReportData) -> list[Any]:
     rows = table(("tensors", 34), ("no.", -4), ("shape", -12), ("scale", -9), ("/sqrt(n)", -8), ("step", -8))
     for entry in report.by_kind():
         steps = Text(
@@ -108,7 +106,7 @@ def _scales(report: GSNRReport) -> list[Any]:
     return [rows, *_range(report), *_largest(settled)]
 
 
-def _range(report: GSNRReport) -> list[Any]:
+def _range(report: ReportData) -> list[Any]:
     span = report.learning_rate_range(report.tensors)
     if span is None:
         return []
@@ -126,7 +124,7 @@ def _largest(settled: list[TensorRow]) -> list[Any]:
     return ["", rows]
 
 
-def diff_view(diff: ReportDiff, ratio: float | None = None) -> Group:
+def diff_view(diff: Comparison, ratio: float | None = None) -> Group:
     """A comparison: what one run lacks, then the tensors that are furthest apart."""
     parts: list[Any] = [Text(diff.headline(), style="bold"), *(Text(printable(note)) for note in diff.notes)]
     lacking = [row for row in diff.rows if row.missing or row.reshaped]
