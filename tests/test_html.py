@@ -14,8 +14,8 @@ import pytest
 from matplotlib.image import imread
 
 from hf_sai import GSNRReport
-from hf_sai.report.data import RouteRow, TensorRow
 from hf_sai.report.html import MAX_KINDS, colour_of
+from hf_sai.report.rows import RouteRow, TensorRow
 
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

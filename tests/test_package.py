@@ -27,6 +27,7 @@ FLOORS = {
     "model_cards": 1,
     "trainer_patches": 2,
     "hf_sai.report.schema": 2.1,
+    "hf_sai.report.rows": 2.15,
     "hf_sai.report.data": 2.2,
     "hf_sai.report.compare": 2.3,
     "hf_sai.report.facts": 2.3,
@@ -112,6 +113,7 @@ def test_imports_go_down_and_never_round():
     assert set(imports("hf_sai.report.data", known["hf_sai.report.data"], known)) == {
         "hf_sai.optim.registry",
         "hf_sai.optim.routing",
+        "hf_sai.report.rows",
         "hf_sai.report.schema",
     }
 

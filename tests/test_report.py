@@ -12,7 +12,7 @@ from helpers import tiny_llama
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
 from hf_sai.report import ReportError, optimizer_state_bytes
-from hf_sai.report.data import split_name
+from hf_sai.report.rows import split_name
 
 
 @pytest.fixture

@@ -60,6 +60,8 @@ class OptimizerRecord:
         layerwise (`bool`): Whether it updates inside the backward pass.
         routed (`bool`): Whether it needs [`route_parameters`]; learning rates are then in AdamW's terms, and the
             host's settings for Adam (`adam_beta1`, ...) hold for the tensors that go to Adam.
+        rows (`str`): What a report shows of each tensor: `"scales"` (from `gsnr_statistics()`), `"routes"` (from
+            `routes()`), or `"groups"`, which needs neither: the tensor's group with its options.
     """
 
     name: str
@@ -70,6 +72,7 @@ class OptimizerRecord:
     learning_rate_hint: str
     layerwise: bool = False
     routed: bool = False
+    rows: str = "groups"
 
     def default(self, name: str) -> Any:
         """The default of an option, or of another argument of the constructor."""
@@ -168,6 +171,7 @@ _SGD_SAI = OptimizerRecord(
         "start at 1e-2 for full training and 1e-1 for LoRA with normalize=none (5e-3 with lora_policy=paired); "
         "with normalize=max, multiply by the largest g-SNR in the report"
     ),
+    rows="scales",
 )
 
 _SWAN = OptimizerRecord(
@@ -192,6 +196,7 @@ _SWAN = OptimizerRecord(
     paper="2412.13148",
     learning_rate_hint="start at the rate that is right for AdamW; for LoRA at a third of it",
     routed=True,
+    rows="routes",
 )
 
 _RECORDS: dict[str, OptimizerRecord] = {

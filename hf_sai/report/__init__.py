@@ -1,8 +1,10 @@
 """The report of a run: what was measured or routed, as data (`gsnr_report.json`), text, picture and page."""
 
 from .compare import DiffRow
-from .data import RouteRow, TensorRow, format_bytes, optimizer_state_bytes
+from .data import optimizer_state_bytes
+from .facts import format_bytes
 from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportDiff
+from .rows import RouteRow, TensorRow
 from .schema import ReportError, thinned
 
 

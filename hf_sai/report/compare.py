@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Any, TypeVar
 
-from .data import ReportData, TensorRow
+from .data import ReportData
+from .rows import TensorRow
 from .schema import ReportError
 
 
@@ -35,7 +36,7 @@ class DiffRow:
         """Why there is no ratio: `"not in first"`, `"pending in second"`, ...; empty where nothing is amiss."""
         sides = {"first": self.first, "second": self.second}
         absent = [f"not in {side}" for side, row in sides.items() if row is None]
-        pending = [f"pending in {side}" for side, row in sides.items() if row is not None and row.status == "pending"]
+        pending = [f"pending in {side}" for side, row in sides.items() if row is not None and not row.settled]
         return "" if len(pending) == 2 else ", ".join([*absent, *pending])
 
     @property
@@ -110,10 +111,10 @@ class Comparison:
         all would differ by that factor, and g-SNR is compared instead; a note says so.
 
         Raises:
-            `ReportError`: One of them is of SWAN, which has no scales.
+            `ReportError`: One of them has no scales.
         """
         for which, report in (("first", first), ("second", second)):
-            if report.routes:
+            if report.kind != "scales":
                 raise ReportError(
                     f"a comparison needs the scales of two runs but the {which} is of {report.optimizer}, which has "
                     "none; give reports of sgd_sai"
@@ -131,7 +132,7 @@ class Comparison:
 
 def _row(name: str, first: TensorRow | None, second: TensorRow | None, quantity: str) -> DiffRow:
     ratio = None
-    if first is not None and second is not None and "pending" not in (first.status, second.status):
+    if first is not None and second is not None and first.settled and second.settled:
         ratio = second.scale / first.scale if quantity == "scale" else second.gsnr / first.gsnr
     return DiffRow(name, first, second, ratio)
 

@@ -5,77 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from ..optim.registry import OptimizerRecord, record_of
-from ..optim.routing import ADAM, Route
+from ..optim.registry import OptimizerRecord, get_record, list_records, record_of
+from ..optim.routing import ADAM
 from . import schema
+from .rows import RouteRow, TensorRow, grouped, layers_of, median, route_row, shape_of, tensor_row
 from .schema import SCHEMA, STATUSES
 
 
 _Data = TypeVar("_Data", bound="ReportData")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorRow:
-    """
-    One tensor of the report.
-
-    Args:
-        name (`str`): The parameter's name in the model.
-        kind (`str`): The module's role without the layer number, such as `self_attn.q_proj.lora_A`.
-        layer (`int` or `None`): Number of the block that it stands in; `None` outside the blocks.
-        shape (`tuple[int, ...]`): Shape.
-        numel (`int`): Number of elements.
-        gsnr (`float`): As measured; `sqrt(numel)` for a fallback; 0.0 while pending.
-        gsnr_over_sqrt_numel (`float`): What the gradient adds to the tensor's size: 1.0 for a gradient of zero mean.
-        scale (`float`): What the learning rate is multiplied by.
-        learning_rate (`float`): Peak learning rate of its group times `scale`.
-        step (`int`): Optimizer step of its first informative gradient, from 1; 0 while pending.
-        status (`str`): `"measured"`, `"fallback"`, `"given"` or `"pending"`.
-    """
-
-    name: str
-    kind: str
-    layer: int | None
-    shape: tuple[int, ...]
-    numel: int
-    gsnr: float
-    gsnr_over_sqrt_numel: float
-    scale: float
-    learning_rate: float
-    step: int
-    status: str
-
-
-@dataclasses.dataclass(frozen=True)
-class RouteRow:
-    """
-    Where SWAN took one tensor.
-
-    Args:
-        name (`str`): The parameter's name in the model.
-        kind (`str`): As in [`TensorRow`].
-        layer (`int` or `None`): As in [`TensorRow`].
-        shape (`tuple[int, ...]`): Shape.
-        numel (`int`): Number of elements.
-        route (`str`): `"adam"`, or how it was read as matrices and whitened: `"matrix"`, `"matrix, transposed"`, ...
-        reason (`str`): Why.
-    """
-
-    name: str
-    kind: str
-    layer: int | None
-    shape: tuple[int, ...]
-    numel: int
-    route: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +32,8 @@ class ReportData:
         learning_rate (`float`): Peak learning rate, the largest of the groups.
         weight_decay (`float`): The largest of the groups.
         gsnr_max (`float`): Largest g-SNR of the model, as fixed by the first measuring step; 0.0 before.
-        tensors (`list[TensorRow]`): One row per trained tensor; none for SWAN.
-        routes (`list[RouteRow]`): One row per trained tensor; none for SGD-SaI.
+        tensors (`list[TensorRow]`): One row per trained tensor, of an optimizer that measures scales.
+        routes (`list[RouteRow]`): One row per trained tensor, of any other.
         state_bytes (`int`): Bytes that the optimizer keeps for its tensors.
         adamw_state_bytes (`int`): Bytes that AdamW would keep: two numbers per element in the parameter's dtype.
         run (`dict`): Facts of the run, such as `effective_batch_size` and `world_size`, where they are known.
@@ -140,8 +83,7 @@ class ReportData:
             learning_rate=max(peak),
             weight_decay=max(group["weight_decay"] for group in groups),
             gsnr_max=groups[0].get("gsnr_max", 0.0),
-            tensors=[] if record.routed else [_row(each, peak[each.group]) for each in optimizer.gsnr_statistics()],
-            routes=[_route_row(each) for each in optimizer.routes()] if record.routed else [],
+            **KINDS[record.rows].read(optimizer, peak),
             state_bytes=optimizer_state_bytes(optimizer),
             adamw_state_bytes=_adamw_state_bytes(groups),
             run=dict(run or {}),
@@ -149,37 +91,39 @@ class ReportData:
             schedule=list(schedule),
         )
 
+    @property
+    def kind(self) -> str:
+        """What the rows are, a key of [`KINDS`]: as the optimizer's record says, else what the rows can be read as."""
+        if any(record.name == self.optimizer for record in list_records()):
+            return get_record(self.optimizer).rows
+        return "scales" if self.tensors or not self.routes else "groups"
+
+    @property
+    def rows(self) -> Sequence[TensorRow | RouteRow]:
+        """One row per trained tensor, of whichever kind."""
+        return self.tensors or self.routes
+
+    @property
+    def settled(self) -> list[TensorRow]:
+        """The rows with a scale: all that are not pending."""
+        return [row for row in self.tensors if row.settled]
+
+    @property
+    def log_prefix(self) -> str:
+        """What stands before the numbers of [`ReportData.summary`] in a log."""
+        return KINDS[self.kind].log_prefix or self.optimizer.removesuffix("_layerwise")
+
     def by_status(self, status: str) -> list[TensorRow]:
         """The rows with that status."""
         return [row for row in self.tensors if row.status == status]
 
     def summary(self) -> dict[str, float]:
         """
-        A few numbers for a log: tensors by status, minimum, median and maximum of scale, maximum of the ratio; of SWAN
-        how many tensors and elements are whitened and how many go to Adam; and the bytes of the optimizer's state.
+        A few numbers for a log: tensors by status, minimum, median and maximum of scale, maximum of the ratio; of
+        routes how many tensors and elements are whitened and how many go to Adam; else how many tensors and groups
+        there are; and the bytes of the optimizer's state.
         """
-        if self.routes:
-            adam = [row.numel for row in self.routes if row.route == ADAM]
-            elements = sum(row.numel for row in self.routes)
-            return {
-                "whitened": float(len(self.routes) - len(adam)),
-                "adam": float(len(adam)),
-                "whitened_share": 1.0 - sum(adam) / elements if elements else 0.0,
-                "state_bytes": float(self.state_bytes),
-            }
-        counts = {f"{status}": float(len(self.by_status(status))) for status in STATUSES}
-        settled = [row for row in self.tensors if row.status != "pending"]
-        if not settled:
-            return counts
-        scales = [row.scale for row in settled]
-        return {
-            **counts,
-            "scale_min": min(scales),
-            "scale_median": _median(scales),
-            "scale_max": max(scales),
-            "ratio_max": max(row.gsnr_over_sqrt_numel for row in settled),
-            "state_bytes": float(self.state_bytes),
-        }
+        return KINDS[self.kind].summary(self)
 
     def drift(self) -> list[dict[str, Any]]:
         """
@@ -197,16 +141,16 @@ class ReportData:
                 {
                     "step": measured["step"],
                     "min": min(ratios.values(), default=0.0),
-                    "median": _median(ratios.values()),
+                    "median": median(ratios.values()),
                     "max": max(ratios.values(), default=0.0),
-                    "kinds": {kind: _median(values) for kind, values in kinds.items()},
+                    "kinds": {kind: median(values) for kind, values in kinds.items()},
                 }
             )
         return entries
 
     def learning_rate_range(self, rows: Sequence[TensorRow]) -> tuple[float, float] | None:
         """Lowest and highest learning rate of some tensors, scale and schedule included; `None` while all pend."""
-        peaks = [row.learning_rate for row in rows if row.status != "pending"]
+        peaks = [row.learning_rate for row in rows if row.settled]
         low, high = self.schedule if len(self.schedule) == 2 else (1.0, 1.0)
         return (min(peaks) * low, max(peaks) * high) if peaks else None
 
@@ -215,22 +159,21 @@ class ReportData:
         One entry per kind of tensor: number, shape, steps, status, medians of scale, ratio and learning rate over the
         tensors that are not pending, and the range of the learning rate ([`ReportData.learning_rate_range`]).
         """
-        return [{"kind": kind, **self._entry(rows)} for kind, rows in _grouped(self.tensors, "kind").items()]
+        return [{"kind": kind, **self._entry(rows)} for kind, rows in grouped(self.tensors, "kind").items()]
 
     def by_layer(self) -> list[dict[str, Any]]:
         """One entry per layer, with the same fields; what stands outside the blocks has the layer `None`, first."""
-        layers = _grouped(self.tensors, "layer")
-        ordered = sorted(layers, key=lambda layer: -1 if layer is None else layer)
-        return [{"layer": layer, **self._entry(layers[layer])} for layer in ordered]
+        layers = grouped(self.tensors, "layer")
+        return [{"layer": layer, **self._entry(layers[layer])} for layer in layers_of(self.tensors)]
 
     def _entry(self, rows: list[TensorRow]) -> dict[str, Any]:
-        settled = [row for row in rows if row.status != "pending"]
+        settled = [row for row in rows if row.settled]
         return {
             "tensors": len(rows),
-            "shape": _shape_of(rows),
-            "scale": _median(row.scale for row in settled),
-            "ratio": _median(row.gsnr_over_sqrt_numel for row in settled),
-            "learning_rate": _median(row.learning_rate for row in settled),
+            "shape": shape_of(rows),
+            "scale": median(row.scale for row in settled),
+            "ratio": median(row.gsnr_over_sqrt_numel for row in settled),
+            "learning_rate": median(row.learning_rate for row in settled),
             "learning_rate_range": self.learning_rate_range(rows),
             "steps": sorted({row.step for row in settled}),
             "status": ", ".join(sorted({row.status for row in rows})),
@@ -247,7 +190,7 @@ class ReportData:
                 "route": route,
                 "reason": reason,
                 "tensors": len(rows),
-                "shape": _shape_of(rows),
+                "shape": shape_of(rows),
                 "numel": sum(row.numel for row in rows),
             }
             for (kind, route, reason), rows in kinds.items()
@@ -279,27 +222,6 @@ class ReportData:
         return report
 
 
-def split_name(name: str) -> tuple[str, int | None]:
-    """
-    Kind and layer of a parameter's name.
-
-    `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` gives `("self_attn.q_proj.lora_A", 3)`.
-    """
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    parts = name.split(".")
-    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    rest = parts if layer is None else parts[layer + 1 :]
-    if layer is not None and not any(not part.isdigit() and part not in ("weight", "bias") for part in rest):
-        rest, layer = parts, None  # a bare nn.Sequential: the number is all there is
-    if rest[-1] == "weight" and len(rest) > 1:
-        rest = rest[:-1]
-    rest = [part for part in rest if part != "default"] or rest  # the adapter's name, where it is PEFT's default
-    if layer is None:
-        rest = rest[-2:] if rest[-1] == "bias" or rest[-1].startswith("lora_") else rest[-1:]
-    return ".".join(rest), None if layer is None else int(parts[layer])
-
-
 def _record_of(optimizer: Any) -> OptimizerRecord:
     record = record_of(optimizer)
     if record is not None:
@@ -314,75 +236,83 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _route_row(route: Route) -> RouteRow:
-    kind, layer = split_name(route.name)
-    shape = tuple(route.param.shape)
-    return RouteRow(route.name, kind, layer, shape, route.param.numel(), route.route, route.reason)
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """
+    One kind of rows; a record names it by its key in [`KINDS`], and [`hf_sai.report.facts`] has its words.
+
+    Args:
+        read (callable): From an optimizer and the peak learning rates of its groups to `tensors` or `routes`.
+        summary (callable): From a report to a few numbers for a log.
+        log_prefix (`str`): Before these numbers; empty for the optimizer's name.
+    """
+
+    read: Callable[[Any, list[float]], dict[str, list[Any]]]
+    summary: Callable[[ReportData], dict[str, float]]
+    log_prefix: str = ""
 
 
-def _shape_of(rows: Sequence[TensorRow | RouteRow]) -> str:
-    """The one that all have, or how many there are."""
-    shapes = sorted({"x".join(map(str, row.shape)) or "scalar" for row in rows})
-    return shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
+def _read_scales(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
+    return {"tensors": [tensor_row(each, peaks[each.group]) for each in optimizer.gsnr_statistics()], "routes": []}
 
 
-def _row(statistics: Any, peak_learning_rate: float) -> TensorRow:
-    kind, layer = split_name(statistics.name)
-    return TensorRow(
-        name=statistics.name,
-        kind=kind,
-        layer=layer,
-        shape=statistics.shape,
-        numel=statistics.numel,
-        gsnr=statistics.gsnr,
-        gsnr_over_sqrt_numel=statistics.gsnr / math.sqrt(statistics.numel) if statistics.numel else 0.0,
-        scale=statistics.scale,
-        learning_rate=peak_learning_rate * statistics.scale,
-        step=statistics.step,
-        status=statistics.status,
-    )
+def _read_routes(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
+    rows = [route_row(each.name, each.param, each.route, each.reason) for each in optimizer.routes()]
+    return {"tensors": [], "routes": rows}
 
 
-def _grouped(rows: Iterable[TensorRow], field: str) -> dict[Any, list[TensorRow]]:
-    groups: dict[Any, list[TensorRow]] = {}
-    for row in rows:
-        groups.setdefault(getattr(row, field), []).append(row)
-    return groups
+def _read_groups(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
+    """Of an optimizer that says nothing of its tensors: each with its group's options, as far as they are plain."""
+    rows = []
+    for index, group in enumerate(optimizer.param_groups):
+        plain = {key: value for key, value in group.items() if isinstance(value, str | int | float | None)}
+        reason = ", ".join(f"{key}={value}" for key, value in {**plain, "lr": peaks[index]}.items())
+        names = group.get("param_names") or ["unnamed"] * len(group["params"])
+        rows += [
+            route_row(name, param, f"group {index}", reason)
+            for name, param in zip(names, group["params"], strict=True)
+            if param.requires_grad
+        ]
+    return {"tensors": [], "routes": rows}
 
 
-def _median(values: Iterable[float]) -> float:
-    """The upper median; 0.0 of nothing."""
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else 0.0
+def _sum_scales(report: ReportData) -> dict[str, float]:
+    counts = {status: float(len(report.by_status(status))) for status in STATUSES}
+    scales = [row.scale for row in report.settled]
+    if not scales:
+        return counts
+    return {
+        **counts,
+        "scale_min": min(scales),
+        "scale_median": median(scales),
+        "scale_max": max(scales),
+        "ratio_max": max(row.gsnr_over_sqrt_numel for row in report.settled),
+        "state_bytes": float(report.state_bytes),
+    }
 
 
-def scale_limits(rows: Iterable[TensorRow]) -> tuple[float, float]:
-    """Ends of a scale of colours, in which small differences are not blown up to the whole range."""
-    scales = [row.scale for row in rows if row.status != "pending"]
-    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
-    spread = math.sqrt(max(1.0, 4.0 / (high / low)))
-    return low / spread, high * spread
+def _sum_routes(report: ReportData) -> dict[str, float]:
+    adam = [row.numel for row in report.routes if row.route == ADAM]
+    elements = sum(row.numel for row in report.routes)
+    return {
+        "whitened": float(len(report.routes) - len(adam)),
+        "adam": float(len(adam)),
+        "whitened_share": 1.0 - sum(adam) / elements if elements else 0.0,
+        "state_bytes": float(report.state_bytes),
+    }
 
 
-def mean_scale(rows: Sequence[TensorRow]) -> float:
-    """Geometric mean over tensors that are not pending."""
-    return math.exp(sum(math.log(row.scale) for row in rows) / len(rows))
+def _sum_groups(report: ReportData) -> dict[str, float]:
+    groups = {row.route for row in report.routes}
+    counts = {"tensors": len(report.routes), "groups": len(groups), "state_bytes": report.state_bytes}
+    return {name: float(count) for name, count in counts.items()}
 
 
-def moved_most(drift: list[dict[str, Any]], count: int) -> list[str]:
-    """The kinds of tensors whose g-SNR is furthest from its first measurement at the end."""
-    last = drift[-1]["kinds"]
-    return sorted(last, key=lambda kind: abs(math.log(last[kind] or 1.0)), reverse=True)[:count]
-
-
-def format_bytes(count: int) -> str:
-    """`1_500_000` as `1.5 MB`."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+KINDS = {
+    "scales": Kind(_read_scales, _sum_scales, "gsnr"),
+    "routes": Kind(_read_routes, _sum_routes),
+    "groups": Kind(_read_groups, _sum_groups),
+}
 
 
 def optimizer_state_bytes(optimizer: Any) -> int:

@@ -12,15 +12,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..optim.routing import ADAM
 from .compare import Comparison
-from .data import ReportData, TensorRow, format_bytes, mean_scale, moved_most, scale_limits
+from .data import ReportData
+from .facts import words_of
+from .rows import TensorRow, cells_of, layers_of, mean_scale, moved_most, scale_limits
 
 
 MAX_KINDS = 24
 MAX_LINES = 9
 PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR, ADAM_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97", "#e09f3e"
-# kind, layer -> the tensors there (several where an adapter has more than one matrix of a kind)
+_COLOURS = (POINT_COLOUR, ADAM_COLOUR)
 Cells = dict[tuple[str, int | None], list[TensorRow]]
 
 
@@ -37,18 +38,18 @@ def report_figure(report: ReportData) -> Figure:
     is a fallback. Right: scale against sqrt(numel), with the line that a gradient of zero mean would give. Of SWAN:
     the share of the elements by kind of tensor, coloured by what is whitened and what goes to Adam.
     """
-    if report.routes:
-        return _routes_figure(report)
-    cells: Cells = {}
-    for row in report.tensors:
-        cells.setdefault((row.kind, row.layer), []).append(row)
+    return _FIGURES[report.kind](report)
+
+
+def _scales_figure(report: ReportData) -> Figure:
+    cells = cells_of(report.tensors)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     shown = kinds[:MAX_KINDS]
     figure = Figure(figsize=(15, max(4.8, 0.34 * len(shown) + 2.4)), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
     _draw_cells(figure, left, report, cells, shown, hidden=len(kinds) - len(shown))
     _draw_against_size(right, report)
-    figure.suptitle(_headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
+    figure.suptitle(words_of(report).headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
     return figure
 
 
@@ -102,7 +103,9 @@ def _routes_figure(report: ReportData) -> Figure:
     figure = Figure(figsize=(10, max(3.0, 0.34 * len(shown) + 1.6)), dpi=100, layout="constrained")
     axes: Any = figure.subplots()
     shares = [100.0 * entry["numel"] / total for entry in shown]
-    colours = [ADAM_COLOUR if entry["route"] == ADAM else POINT_COLOUR for entry in shown]
+    words = words_of(report)
+    second = {row.route for row in report.routes if words.is_second(row)}
+    colours = [_COLOURS[entry["route"] in second] for entry in shown]
     axes.barh(range(len(shown)), shares, color=colours, height=0.8)
     for y, (entry, share) in enumerate(zip(shown, shares, strict=True)):
         times = f"{entry['tensors']} x {entry['shape']}" if entry["tensors"] > 1 else entry["shape"]
@@ -116,22 +119,13 @@ def _routes_figure(report: ReportData) -> Figure:
     )
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    counts = report.summary()
     handles = [
-        Line2D(
-            [], [], color=POINT_COLOUR, marker="s", lw=0, label=f"whitened, no state: {counts['whitened']:.0f} tensors"
-        ),
-        Line2D([], [], color=ADAM_COLOUR, marker="s", lw=0, label=f"to Adam: {counts['adam']:.0f} tensors"),
+        Line2D([], [], color=_COLOURS[bool(second)], marker="s", lw=0, label=text)
+        for second, text in words.legend(report)
     ]
-    axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
-    figure.suptitle(
-        f"{counts['whitened_share']:.1%} of {total:,} elements whitened  |  state {format_bytes(report.state_bytes)}, "
-        f"AdamW's {format_bytes(report.adamw_state_bytes)}",
-        fontsize=13,
-        x=0.01,
-        ha="left",
-        weight="bold",
-    )
+    if handles:
+        axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
+    figure.suptitle(words.headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
     return figure
 
 
@@ -167,18 +161,8 @@ def history_png(report: ReportData) -> bytes:
     return _png(figure)
 
 
-def _headline(report: ReportData) -> str:
-    counts = report.summary()
-    parts = [
-        f"{int(counts[status])} {status}" for status in ("measured", "given", "fallback", "pending") if counts[status]
-    ]
-    learning_rate = f"learning rate {report.learning_rate:g}, normalize={report.options.get('normalize', 'none')}"
-    return f"Learning-rate scale of {len(report.tensors)} tensors (g-SNR): {', '.join(parts)}  |  {learning_rate}"
-
-
 def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kinds: list[str], hidden: int) -> None:
-    outside: list[int | None] = [None] if any(layer is None for _, layer in cells) else []
-    layers = [*outside, *sorted({layer for _, layer in cells if layer is not None})]
+    layers = layers_of(report.tensors)
     mappable = axes.scatter([], [], c=[], norm=LogNorm(*scale_limits(report.tensors)), cmap="viridis")
     write_values = len(layers) <= 14
     for (kind, layer), rows in cells.items():
@@ -195,13 +179,13 @@ def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kin
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if len(report.by_status("pending")) < len(report.tensors):
+    if report.settled:
         bar = figure.colorbar(mappable, ax=axes, label="scale (the learning rate is multiplied by it)", pad=0.01)
         _plain_numbers(bar.ax.yaxis)
 
 
 def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, write_value: bool) -> None:
-    settled = [row for row in rows if row.status != "pending"]
+    settled = [row for row in rows if row.settled]
     if not settled:
         stroke: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": PENDING_COLOUR, "hatch": "////", "lw": 0}
         axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, **stroke))
@@ -221,7 +205,7 @@ def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, 
 
 
 def _draw_against_size(axes: Any, report: ReportData) -> None:
-    settled = [row for row in report.tensors if row.status != "pending"]
+    settled = report.settled
     pending = report.by_status("pending")
     normalizer = report.gsnr_max if report.options.get("normalize") == "max" and report.gsnr_max else 1.0
     floor = min((row.scale for row in settled), default=1.0) / 2
@@ -274,3 +258,6 @@ def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
         style: dict[str, Any] = {"marker": "v", "markerfacecolor": "white", "markeredgecolor": "#555555", "lw": 0}
         handles.append(Line2D([], [], label=label, **style))
     return [*handles, Line2D([], [], color="#888888", lw=1, label="sqrt(numel): a gradient of zero mean")]
+
+
+_FIGURES = {"scales": _scales_figure, "routes": _routes_figure, "groups": _routes_figure}

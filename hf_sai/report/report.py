@@ -68,7 +68,7 @@ class GSNRReport(ReportData):
             other (`GSNRReport`): Of the run whose scales are divided by those of this one.
 
         Raises:
-            `ReportError`: One of them is of SWAN, which has no scales.
+            `ReportError`: One of them has no scales, as with SWAN.
         """
         return ReportDiff.of(self, other)
 

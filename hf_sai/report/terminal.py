@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import Comparison, DiffRow
-from .data import ReportData, TensorRow
-from .schema import STATUSES
+from .data import ReportData
+from .facts import words_of
+from .rows import TensorRow, format_shape
 
 
 WIDTH = 80
@@ -27,7 +28,7 @@ def report_view(report: ReportData) -> Group:
     settings = f"  lr={report.learning_rate:g}, weight_decay={report.weight_decay:g}, {printable(options)}"
     head.append(settings, style="not bold")
     state = Text(f"state {report.state_bytes:,} bytes (AdamW: {report.adamw_state_bytes:,})")
-    return Group(head, _counts(report), state, "", *(_routes(report) if report.routes else _scales(report)))
+    return Group(head, _counts(report), state, "", _first_table(report), *_range(report), *_largest(report.settled))
 
 
 def show(view: Any, console: Console | None = None) -> None:
@@ -72,38 +73,23 @@ def printable(text: str) -> str:
 
 
 def _counts(report: ReportData) -> Text:
-    counts = report.summary()
-    if report.routes:
-        whitened = f"{counts['whitened']:.0f} whitened ({counts['whitened_share']:.1%} of the elements)"
-        return Text(f"{len(report.routes)} tensors: {whitened}, {counts['adam']:.0f} to Adam")
-    states = [Text(f"{int(counts[s])} {s}", style=STYLES[s]) for s in STATUSES if counts[s]]
-    return Text(f"{len(report.tensors)} tensors: ").append_text(Text(", ").join(states))
+    counts = [Text(text, style=STYLES.get(status, "")) for text, status in words_of(report).counts(report)]
+    return Text(f"{len(report.rows)} tensors: ").append_text(Text(", ").join(counts))
 
 
-def _routes(report: ReportData) -> list[Any]:
-    rows = table(("tensors", 32), ("no.", -4), ("shape", -12), ("route", 29))
-    for entry in report.by_route():
-        route = Text(printable(f"{entry['route']}: {entry['reason']}"), overflow="ellipsis")
-        rows.add_row(cut(entry["kind"], 32), str(entry["tensors"]), entry["shape"], route)
-    return [rows]
-
-
-def _scales(report: ReportData) -> list[Any]:
-    rows = table(("tensors", 34), ("no.", -4), ("shape", -12), ("scale", -9), ("/sqrt(n)", -8), ("step", -8))
-    for entry in report.by_kind():
-        steps = Text(
-            ",".join(map(str, entry["steps"])) or "pending", style="" if entry["steps"] else STYLES["pending"]
-        )
-        rows.add_row(
-            cut(entry["kind"], 34),
-            str(entry["tensors"]),
-            entry["shape"],
-            f"{entry['scale']:.4g}" if entry["steps"] else "-",
-            f"{entry['ratio']:.3f}" if entry["steps"] else "-",
-            steps,
-        )
-    settled = [row for row in report.tensors if row.status != "pending"]
-    return [rows, *_range(report), *_largest(settled)]
+def _first_table(report: ReportData) -> Table:
+    """By kind of tensor; where there is no number yet, the status stands at the end of the line."""
+    words = words_of(report)
+    first = words.tables(report)[0]
+    shown = table(*((title, width) for _, title, width in words.layout))
+    for texts in first.rows:
+        row = dict(zip(first.columns, texts, strict=True))
+        name, *cells = (row[column] or "-" for column, _, _ in words.layout)
+        last = Text(printable(cells.pop()), overflow="ellipsis")
+        if last.plain == "-":
+            last = Text(row.get("status", "-"), style=STYLES["pending"], overflow="ellipsis")
+        shown.add_row(cut(name, words.layout[0][2]), *cells, last)
+    return shown
 
 
 def _range(report: ReportData) -> list[Any]:
@@ -149,7 +135,7 @@ def diff_view(diff: Comparison, ratio: float | None = None) -> Group:
 def _lack(row: DiffRow) -> str:
     if row.missing or row.first is None or row.second is None:
         return row.missing
-    shapes = ["x".join(map(str, side.shape)) for side in (row.first, row.second)]
+    shapes = [format_shape(side.shape) for side in (row.first, row.second)]
     return " -> ".join(shapes)
 
 
