@@ -262,17 +262,14 @@ def _read_routes(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
 
 
 def _read_groups(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
-    """Of an optimizer that says nothing of its tensors: each with its group's options, as far as they are plain."""
+    """Of an optimizer that says nothing of its tensors: each with its group's learning rate and options."""
+    names = ["weight_decay", *(option.name for option in _record_of(optimizer).options)]
     rows = []
     for index, group in enumerate(optimizer.param_groups):
-        plain = {key: value for key, value in group.items() if isinstance(value, str | int | float | None)}
-        reason = ", ".join(f"{key}={value}" for key, value in {**plain, "lr": peaks[index]}.items())
-        names = group.get("param_names") or ["unnamed"] * len(group["params"])
-        rows += [
-            route_row(name, param, f"group {index}", reason)
-            for name, param in zip(names, group["params"], strict=True)
-            if param.requires_grad
-        ]
+        options = {name: group[name] for name in names if name in group}
+        reason = ", ".join(f"{name}={value}" for name, value in {"lr": peaks[index], **options}.items())
+        params = zip(group.get("param_names") or ["unnamed"] * len(group["params"]), group["params"], strict=True)
+        rows += [route_row(name, param, f"group {index}", reason) for name, param in params if param.requires_grad]
     return {"tensors": [], "routes": rows}
 
 

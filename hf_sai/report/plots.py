@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from textwrap import shorten
 from typing import Any
 
 from matplotlib.colors import LogNorm
@@ -109,7 +110,7 @@ def _routes_figure(report: ReportData) -> Figure:
     axes.barh(range(len(shown)), shares, color=colours, height=0.8)
     for y, (entry, share) in enumerate(zip(shown, shares, strict=True)):
         times = f"{entry['tensors']} x {entry['shape']}" if entry["tensors"] > 1 else entry["shape"]
-        text = f" {share:.2g}%  {entry['reason']}, {times}"
+        text = f" {share:.2g}%  {shorten(entry['reason'], 60)}, {times}"
         axes.text(share, y, text, va="center", fontsize=9, color="#333333", parse_math=False)
     axes.set_yticks(range(len(shown)), [entry["kind"] for entry in shown], fontsize=9, parse_math=False)
     axes.set_ylim(len(shown) - 0.4, -0.6)
