@@ -367,6 +367,7 @@ def test_a_third_optimizers_report_is_whole_in_every_medium(plain_report, tmp_pa
         line.startswith("| q | 2 | 4x6 | group 0: lr=0.2, weight_decay=0.1, ") for line in markdown.splitlines()
     )
     assert "Group by module and depth" in page
+    assert "<h2>Groups</h2>" in page
     figure = plain_report.plot()
     assert figure.get_suptitle().startswith("3 in 2 groups  |  state 204 bytes, AdamW's 408 bytes")
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([100 * 48 / 51, 100 * 3 / 51])
