@@ -29,7 +29,7 @@ from lora_finetuning import documentation
 from transformers import set_seed
 
 import hf_sai
-from hf_sai.report.report import split_name
+from hf_sai.report.rows import split_name
 
 
 MODELS = {"GPT-2": gpt2, "LLaMA": llama}

@@ -18,16 +18,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SaIConfig
-from .files import copy_whole, warning_instead
+from .keeper import FILES, ReportKeeper
 from .live import assert_optimizer, check_sharded, count_measurements, name_parameters, unwrap_optimizer
 from .optim.measure import measure_gsnr
 from .optim.registry import OptionError, list_records, record_of
-from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportError, thinned
+from .report import GSNRReport, ReportError, thinned
 
 
 logger = logging.getLogger(__name__)
-
-_TRAINING_GOES_ON = "The g-SNR report could not be written; training goes on."
 
 
 class GSNRCallback(TrainerCallback):
@@ -69,11 +67,15 @@ class GSNRCallback(TrainerCallback):
     def __init__(self, trainer: Any | None = None, config: SaIConfig | None = None) -> None:
         self.trainer = trainer
         self.config = config or SaIConfig()
-        self.report: GSNRReport | None = None
-        self._drawn: GSNRReport | None = None
+        self._keeper = ReportKeeper("The g-SNR report could not be written; training goes on.")
         self._tracked: dict[str, Any] | None = None
         # Where a trainer that knows it resumes from; the run's own folder may be another then.
         self.resumed_from: str | os.PathLike[str] | None = None
+
+    @property
+    def report(self) -> GSNRReport | None:
+        """The newest; `None` before something was measured."""
+        return self._keeper.report
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,7 +85,8 @@ class GSNRCallback(TrainerCallback):
         if optim_name(args) in names:
             assert_optimizer(kwargs.get("optimizer"), optim_name(args))
             warn_if_learning_rate_is_adams(args)
-        self.report = self._drawn = self._tracked = None
+        self._keeper.clear()
+        self._tracked = None
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             if state.is_world_process_zero:
@@ -93,12 +96,11 @@ class GSNRCallback(TrainerCallback):
         if kwargs.get("model") is not None:
             name_parameters(live, kwargs["model"])
         if count_measurements(live):  # resumed: what it was measured on stands in the report of then
-            self.report = GSNRReport.from_optimizer(
-                live, _run_facts(args, state, live), schedule_range(kwargs.get("lr_scheduler"), state.max_steps)
-            )
+            report = self._read(args, state, live, kwargs.get("lr_scheduler"))
             for folder in (self.resumed_from, args.output_dir):
-                self.report = _with_earlier_facts(self.report, folder, state.global_step)
-            self._write_report(args, state)
+                report = _with_earlier_facts(report, folder, state.global_step)
+            self._keeper.report = report
+            self._write_news(args, state)
         elif self.config.gsnr_premeasure_batches:
             premeasure(live, kwargs["model"], kwargs["train_dataloader"], self.config.gsnr_premeasure_batches, args)
 
@@ -119,22 +121,18 @@ class GSNRCallback(TrainerCallback):
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             return
-        self._read_statistics(args, state, live, kwargs.get("lr_scheduler"))
+        if self._keeper.has_news(live):
+            report = self._read(args, state, live, kwargs.get("lr_scheduler"))
+            self._write_news(args, state)
+            self._log(state, {f"{report.log_prefix}/{key}": value for key, value in report.summary().items()})
         tracked, self._tracked = self._tracked, None
         if tracked is not None and self.report is not None:
-            self.report = dataclasses.replace(self.report, history=thinned([*self.report.history, tracked]))
-            self._log(state, {"gsnr/ratio_to_first_median": self.report.drift()[-1]["median"]})
+            history = thinned([*self.report.history, tracked])
+            self._keeper.report = report = dataclasses.replace(self.report, history=history)
+            self._log(state, {"gsnr/ratio_to_first_median": report.drift()[-1]["median"]})
 
-    def _read_statistics(self, args: TrainingArguments, state: TrainerState, live: Any, scheduler: Any) -> None:
-        if not _has_news(live, self.report):
-            return
-        history = self.report.history if self.report is not None else []
-        schedule = schedule_range(scheduler, state.max_steps)
-        self.report = GSNRReport.from_optimizer(live, _run_facts(args, state, live), schedule)
-        self.report = dataclasses.replace(self.report, history=history)
-        self._write_report(args, state)
-        prefix = "swan" if self.report.routes else "gsnr"
-        self._log(state, {f"{prefix}/{key}": value for key, value in self.report.summary().items()})
+    def _read(self, args: TrainingArguments, state: TrainerState, live: Any, scheduler: Any) -> GSNRReport:
+        return self._keeper.read(live, _run_facts(args, state), schedule_range(scheduler, state.max_steps))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the report into the checkpoint."""
@@ -158,27 +156,12 @@ class GSNRCallback(TrainerCallback):
             directory (`str` or path): A checkpoint, or `output_dir` itself. Left alone where it does not exist.
             output_dir (`str` or path): Where the run's own copy is kept.
         """
-        if self.report is None or not self.config.sai_report:
-            return
-        if not (Path(directory).is_dir() or Path(directory) == Path(output_dir)):
-            return
-        with warning_instead(logger, _TRAINING_GOES_ON):
-            if self._drawn != self.report:
-                self.report.save(output_dir)
-                self._drawn = self.report
-            if Path(directory).resolve() != Path(output_dir).resolve():
-                for name in (REPORT_JSON, REPORT_PNG, HISTORY_PNG):
-                    copy_whole(Path(output_dir) / name, Path(directory) / name)
+        if self.config.sai_report and (Path(directory).is_dir() or Path(directory) == Path(output_dir)):
+            self._keeper.write(Path(output_dir), Path(directory))
 
-    def _write_report(self, args: TrainingArguments, state: TrainerState) -> None:
-        """The picture takes about a second, and so is drawn for the first measuring step and with every save."""
-        if self.report is None or not state.is_world_process_zero or not self.config.sai_report:
-            return
-        if self._drawn is None:
-            self.write(args.output_dir, args.output_dir)
-        else:
-            with warning_instead(logger, _TRAINING_GOES_ON):
-                self.report.save(args.output_dir, picture=False)
+    def _write_news(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.config.sai_report and state.is_world_process_zero:
+            self._keeper.write_news(Path(args.output_dir))
 
     def _log(self, state: TrainerState, scalars: dict[str, float]) -> None:
         if self.trainer is not None:
@@ -211,7 +194,7 @@ def schedule_range(scheduler: Any, steps: int) -> list[float]:
 
 def _put_aside_reports(output_dir: Path) -> None:
     """A report of an earlier run says nothing of this model: renamed, so that no push takes it along."""
-    for name in (REPORT_JSON, REPORT_PNG, HISTORY_PNG):
+    for name in FILES:
         if (output_dir / name).is_file():
             os.replace(output_dir / name, output_dir / f"_{name}")
             logger.warning("%s is of an earlier run with another optimizer: renamed to _%s.", name, name)
@@ -292,18 +275,11 @@ def optim_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _has_news(optimizer: Any, report: GSNRReport | None) -> bool:
-    """Whether something was measured since the report was built."""
-    measurements = count_measurements(optimizer)
-    return measurements > 0 and (report is None or report.run["measurements"] != measurements)
-
-
-def _run_facts(args: TrainingArguments, state: TrainerState, optimizer: Any) -> dict[str, Any]:
+def _run_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """What the scale depends on besides the model: the batch that it was measured on."""
     per_device = state.train_batch_size or args.train_batch_size  # auto_find_batch_size changes the first
     clipping = args.max_grad_norm
     return {
-        "measurements": count_measurements(optimizer),
         "trainer_step": state.global_step,
         "world_size": args.world_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

@@ -8,19 +8,14 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from trainer_patches.script_optimizer import unwrapped as unwrap_optimizer
+
 from .optim.registry import OptionError, get_record, record_of
 from .optim.tensors import is_sharded
 
 
 class OptimizerMismatchError(ValueError, TypeError):
     """The optimizer that runs is not the one that was asked for."""
-
-
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper (and any other that keeps it as `.optimizer`)."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def assert_optimizer(optimizer: Any, name: str) -> None:
@@ -66,7 +61,7 @@ def count_measurements(optimizer: Any) -> int:
 
 def splitting_mode(args: Any | None = None) -> str | None:
     """
-    What is set that hands the optimizer pieces that it can't tell from whole tensors; `None` where nothing is.
+    Name of the sharding mode that splits or flattens parameters so that the optimizer can't tell; `None` without one.
 
     FSDP version 2 keeps tensors as DTensors, which can be told.
 

@@ -7,15 +7,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from .files import copy_whole, warning_instead
+from .files import warning_instead
 from .hub.card import update_card
-from .live import count_measurements
-from .report import REPORT_JSON, REPORT_PNG, GSNRReport
+from .keeper import ReportKeeper
 
 
 logger = logging.getLogger(__name__)
-
-_SCRIPT_GOES_ON = "The report could not be written; the script goes on."
 
 
 class ScriptReport:
@@ -27,10 +24,9 @@ class ScriptReport:
     """
 
     def __init__(self, world_size: int = 1) -> None:
-        self.report: GSNRReport | None = None
+        self.keeper = ReportKeeper("The report could not be written; the script goes on.")
         self.folder: Path | None = None  # that of the run's own copy
         self._world_size = world_size
-        self._drawn: tuple[GSNRReport, Path] | None = None
         self._optimizer: Any = lambda: None
         self._warned = False
 
@@ -42,25 +38,18 @@ class ScriptReport:
             optimizer (`torch.optim.Optimizer`): One of ours, without a wrapper, after its step.
         """
         if self._optimizer() is None:
-            self._optimizer, self.report = weakref.ref(optimizer), None
+            self._optimizer = weakref.ref(optimizer)
+            self.keeper.clear()
         if self._optimizer() is not optimizer:
             if not self._warned:
                 logger.warning("The script trains with more than one optimizer; the report shows the first.")
             self._warned = True
-            return
-        measurements = count_measurements(optimizer)
-        if self.report is None or self.report.run["measurements"] != measurements:
-            facts = {"measurements": measurements, "world_size": self._world_size}
-            self.report = GSNRReport.from_optimizer(optimizer, facts)
+        elif self.keeper.report is None or self.keeper.has_news(optimizer):
+            self.keeper.read(optimizer, {"world_size": self._world_size})
 
     def on_checkpoint(self, checkpoint: Path, project: Path | None) -> None:
         """Into the checkpoint too, once the run's own copy is written."""
-        output = project or checkpoint
-        self.write(output)
-        if self.report is not None and output != checkpoint:
-            with warning_instead(logger, _SCRIPT_GOES_ON):
-                for name in (REPORT_JSON, REPORT_PNG):
-                    copy_whole(output / name, checkpoint / name)
+        self._write(project or checkpoint, checkpoint)
 
     def write(self, output: Path | None) -> None:
         """
@@ -69,11 +58,14 @@ class ScriptReport:
         Args:
             output (`pathlib.Path` or `None`): The script's folder. With `None` nothing is written.
         """
-        if self.report is None or output is None:
+        if output is not None:
+            self._write(output)
+
+    def _write(self, output: Path, copy_to: Path | None = None) -> None:
+        report = self.keeper.report
+        if report is None or not self.keeper.write(output, copy_to):
             return
-        with warning_instead(logger, _SCRIPT_GOES_ON):
-            if self._drawn != (self.report, output):
-                self.report.save(output)
-                self._drawn, self.folder = (self.report, output), output
-            if (output / "README.md").is_file():
-                update_card(output / "README.md", self.report)
+        self.folder = output
+        if (output / "README.md").is_file():
+            with warning_instead(logger, self.keeper.warning):
+                update_card(output / "README.md", report)

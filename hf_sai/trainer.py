@@ -145,15 +145,9 @@ class SaITrainerMixin:
         Raises:
             `PushError`: It failed, and `hub_strict` is set.
         """
-        before = self._hub.private, self._hub.create_pr
         wanted = (private, self._hub.private, self.args.hub_private_repo)  # the second is what init_hf_repo asked for
-        self._hub.private = next((each for each in wanted if each is not None), None)
-        self._hub.create_pr = create_pr
-        try:
-            with self._hub_calls():
-                return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._hub.private, self._hub.create_pr = before
+        with self._hub.asked(next((each for each in wanted if each is not None), None), create_pr), self._hub_calls():
+            return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
     def _hub_calls(self) -> AbstractContextManager[None]:
         return trainer_patches.replaced_hub_calls(self._hub.create_repo, self._hub.upload_folder)

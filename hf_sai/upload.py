@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,8 @@ from typing import TypeVar
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from trainer_patches.tokens import MASK, TOKEN, TOKEN_BYTES
+
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ LONGEST_WAIT = 300.0  # seconds: more is not waited for, whatever Retry-After sa
 _TRANSIENT = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Of httpx or httpx2, by the version of huggingface_hub: every error of a connection derives from it.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
-_LOOKS_LIKE_TOKEN = re.compile(rb"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{30,}\b")  # hf_oauth_... too
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".onnx", ".h5", ".msgpack")
 _SMALL = 16 * 2**20  # bytes: weights below that are looked through as well, training_args.bin among them
 
@@ -285,7 +285,7 @@ def refuse_tokens(files: Files, secrets: Iterable[str]) -> None:
             if content.suffix in _WEIGHTS and content.stat().st_size > _SMALL:
                 continue
             content = content.read_bytes()
-        if any(secret in content for secret in wanted) or _LOOKS_LIKE_TOKEN.search(content):
+        if any(secret in content for secret in wanted) or TOKEN_BYTES.search(content):
             raise TokenInFileError(
                 f"no file that is uploaded may hold an access token, but {name} does; take it out (and revoke it if "
                 "the file was shared)"
@@ -295,5 +295,5 @@ def refuse_tokens(files: Files, secrets: Iterable[str]) -> None:
 def without_tokens(text: str, secrets: Iterable[str]) -> str:
     """`text` with each token replaced by `<TOKEN>`."""
     for secret in secrets:
-        text = text.replace(secret, "<TOKEN>")
-    return _LOOKS_LIKE_TOKEN.sub(b"<TOKEN>", text.encode()).decode()
+        text = text.replace(secret, MASK)
+    return TOKEN.sub(MASK, text)

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from support.reports import report_of, tensor_row
 
 from hf_sai.report.html import MAX_KINDS, colour_of
-from hf_sai.report.report import RouteRow
+from hf_sai.report.rows import RouteRow
 
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +16,32 @@ import hf_sai
 
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("hf_sai", "trainer_patches", "model_cards")
+# Longest prefix of a module's name to its floor; a room's own floors stand behind the point.
 FLOORS = {
+    "trainer_patches.tokens": 0,
     "hf_sai.config": 1,
     "hf_sai.files": 1,
     "hf_sai.optim": 1,
     "hf_sai.upload": 1,
     "model_cards": 1,
-    "hf_sai.report": 2,
     "trainer_patches": 2,
+    "hf_sai.report.schema": 2.1,
+    "hf_sai.report.rows": 2.15,
+    "hf_sai.report.data": 2.2,
+    "hf_sai.report.compare": 2.3,
+    "hf_sai.report.facts": 2.3,
+    "hf_sai.report.html": 2.4,
+    "hf_sai.report.markdown": 2.4,
+    "hf_sai.report.plots": 2.4,
+    "hf_sai.report.terminal": 2.4,
+    "hf_sai.report.report": 2.5,
+    "hf_sai.report": 2.6,
     "hf_sai.integration": 3,
     "hf_sai.live": 3,
     "hf_sai.memory": 3,
     "hf_sai.hub": 4,
+    "hf_sai.keeper": 4,
     "hf_sai.callback": 5,
     "hf_sai.script_report": 5,
     "hf_sai.stand_in": 5,
@@ -32,45 +49,120 @@ FLOORS = {
     "hf_sai.cli": 6,
     "hf_sai.run": 7,
 }
+FACE = "hf_sai"  # above all; its own imports are lazy names
 
 
-def floor_of(module):
+def room_of(module):
+    """The key of [`FLOORS`] that a module belongs to, or `None`; a package that holds rooms is none."""
     parts = module.split(".")
-    for length in range(len(parts), 0, -1):
-        name = ".".join(parts[:length])
-        if name in FLOORS:
-            return FLOORS[name], name
-    return None
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((name for name in names if name in FLOORS), None)
 
 
-def imports(path):
-    """Absolute names of what a file imports, relative imports resolved."""
-    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+def modules_of(root):
+    """Path by module name; a package goes by its own name."""
+    paths = (path for package in PACKAGES for path in (root / package).rglob("*.py"))
+    named = {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+def imports(module, path, known):
+    """
+    Names of our modules that a file imports, in functions, under TYPE_CHECKING and by `import_module("...")` too.
+    """
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            yield ".".join([*base, *([node.module] if node.module else [])])
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "import_module":
+            names = [each.value for each in node.args[:1] if isinstance(each, ast.Constant)]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in PACKAGES)
 
 
-def sources():
-    files = [p for name in ("hf_sai", "trainer_patches", "model_cards") for p in (ROOT / name).rglob("*.py")]
-    return [p for p in files if p != ROOT / "hf_sai" / "__init__.py"]
+def faults(root):
+    """What is wrong with the imports of a tree, in sentences."""
+    known = modules_of(root)
+    graph = {name: set(imports(name, path, known)) for name, path in known.items() if name != FACE}
+    found = [f"{name} stands on no floor" for name in graph if room_of(name) is None]
+    for name, targets in graph.items():
+        for target in targets:
+            own, other = room_of(name), room_of(target)
+            if other is None:
+                found.append(f"{name} -> {target} goes to the face, or to no floor")
+            elif own is not None and own != other and FLOORS[other] > FLOORS[own]:
+                found.append(f"{name} -> {target} goes up")
+            elif own is not None and own != other and FLOORS[other] == FLOORS[own] not in (3, 5):
+                found.append(f"{name} -> {target} goes to a neighbour on the same floor")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"{' <- '.join(error.args[1])} goes round")
+    return found
 
 
-def test_imports_go_down():
-    checked = 0
-    for path in sources():
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        own = floor_of(module)
-        assert own is not None, f"{module} stands on no floor"
-        for target in imports(path):
-            other = floor_of(target)
-            if other is not None and other[1] != own[1]:
-                checked += 1
-                assert other[0] < own[0] or other[0] == own[0] in (3, 5), f"{module} -> {target}"
-    assert checked > 10
+def test_imports_go_down_and_never_round():
+    assert faults(ROOT) == []
+    known = modules_of(ROOT)
+    assert len(known) > 50
+    assert set(imports("hf_sai.report.data", known["hf_sai.report.data"], known)) == {
+        "hf_sai.optim.registry",
+        "hf_sai.optim.routing",
+        "hf_sai.report.rows",
+        "hf_sai.report.schema",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("hf_sai/report/data.py", "def f():\n    from .terminal import plain", "hf_sai.report.terminal goes up"),
+        ("hf_sai/report/compare.py", "if TYPE_CHECKING:\n    from . import report", "hf_sai.report.report goes up"),
+        ("hf_sai/report/html.py", "from .markdown import report_markdown", "to a neighbour"),
+        ("hf_sai/report/plots.py", "from . import GSNRReport", "-> hf_sai.report goes up"),
+        ("hf_sai/optim/gsnr.py", "def f():\n    from .sgd_sai import SGDSaI", "goes round"),
+        ("hf_sai/optim/whitening.py", "import hf_sai.optim.swan", "goes round"),
+        ("hf_sai/live.py", "if TYPE_CHECKING:\n    from .integration import register", "goes round"),
+        ("hf_sai/files.py", "from .optim import SGDSaI", "hf_sai.files -> hf_sai.optim goes to a neighbour"),
+        ("hf_sai/optim/base.py", "import importlib; importlib.import_module('hf_sai.files')", "to a neighbour"),
+        ("hf_sai/optim/base.py", "from hf_sai import SGDSaI", "goes to the face"),
+        ("hf_sai/hub/card.py", "from ..trainer import SaITrainer", "hf_sai.hub.card -> hf_sai.trainer goes up"),
+        ("trainer_patches/compat.py", "from hf_sai.integration import register", "hf_sai.integration goes up"),
+        ("hf_sai/attic.py", "", "hf_sai.attic stands on no floor"),
+    ],
+)
+def test_one_import_upward_or_round_is_found(tmp_path, file, line, fault):
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert faults(tmp_path) == []
+    with (tmp_path / file).open("a") as changed:
+        changed.write(f"\n{line}\n")
+    found = faults(tmp_path)
+    assert found != []
+    assert any(fault in each for each in found), found
+
+
+def test_what_is_too_long_is_found(tmp_path):
+    code = runpy.run_path(str(ROOT / "tools" / "check_house.py"))
+    body = "".join(f"    x = {index}\n" for index in range(58))
+    short, long = f"def f():\n{body}    pass\n", f"@d\nasync def g():\n{body}    pass\n"
+    assert len(short.splitlines()) == 60
+    assert [*code["too_long"](written(tmp_path / "a.py", short + "\n" * 390))] == []
+    path = written(tmp_path / "b.py", "\n" * 391 + long)
+    assert [each.removeprefix(f"{path}").split("; ")[0] for each in code["too_long"](path)] == [
+        ": a file has at most 450 lines, but this one has 452",
+        ":392: a function has at most 60 lines, but g has 61",
+    ]
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
 
 
 def test_optim_works_where_no_host_is_installed():
@@ -98,6 +190,14 @@ print(optimizer.gsnr_statistics()[0].status)
 def test_the_face_hands_every_name_on(name):
     assert getattr(hf_sai, name).__name__ == name
     assert name in dir(hf_sai)
+
+
+def test_a_type_checker_sees_the_names_of_the_face():
+    """Each under its own name (`import x as x`), which hands it on in strict mode too."""
+    blocks = [node for node in ast.parse(Path(hf_sai.__file__).read_text()).body if isinstance(node, ast.If)]
+    block = next(node for node in blocks if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
+    seen = {(alias.asname, alias.name): f".{node.module}" for node in block.body for alias in node.names}
+    assert seen == {(name, name): module for name, module in hf_sai._HOME.items()}
 
 
 def test_an_unknown_name_of_the_face_is_an_attribute_error():

@@ -11,8 +11,9 @@ import torch
 from support.models import tiny_llama
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
+from hf_sai.optim import get_record, list_records, registry
 from hf_sai.report import ReportError, optimizer_state_bytes
-from hf_sai.report.report import split_name
+from hf_sai.report.rows import split_name
 
 
 @pytest.fixture
@@ -310,3 +311,84 @@ def test_swans_text_fits_a_terminal(swan_report):
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("self_attn.q_proj") and line.endswith("matrix: linear layer") for line in lines)
     assert "21 tensors: 14 whitened" in "\n".join(lines)
+
+
+# ---- an optimizer that has neither scales nor routes ----
+
+
+class Plain(torch.optim.SGD):
+    """A third optimizer: torch's own, with a record."""
+
+
+@pytest.fixture
+def plain_record(monkeypatch):
+    record = dataclasses.replace(get_record("sgd_sai"), name="plain", cls=Plain, rows="groups")
+    monkeypatch.setitem(registry._RECORDS, "plain", record)
+    return record
+
+
+@pytest.fixture
+def plain_report(plain_record):
+    layers = [(f"layers.{layer}.q.weight", torch.nn.Parameter(torch.ones(4, 6))) for layer in range(2)]
+    groups = [
+        {"params": layers, "weight_decay": 0.1},
+        {"params": [("norm.weight", torch.nn.Parameter(torch.ones(3)))], "lr": 0.5},
+    ]
+    optimizer = Plain(groups, lr=0.2, momentum=0.9)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+    return GSNRReport.from_optimizer(optimizer, {"seed": 1})
+
+
+def test_a_third_optimizers_rows_are_its_groups(plain_report):
+    rows = [(row.name, row.kind, row.layer, row.numel, row.route) for row in plain_report.routes]
+    assert rows == [
+        ("layers.0.q.weight", "q", 0, 24, "group 0"),
+        ("layers.1.q.weight", "q", 1, 24, "group 0"),
+        ("norm.weight", "norm", None, 3, "group 1"),
+    ]
+    first, _, last = [dict(each.split("=") for each in row.reason.split(", ")) for row in plain_report.routes]
+    assert (first["lr"], first["weight_decay"], first["momentum"]) == ("0.2", "0.1", "0.9")
+    assert (last["lr"], last["weight_decay"]) == ("0.5", "0")
+    assert (plain_report.kind, plain_report.log_prefix) == ("groups", "plain")
+    assert plain_report.summary() == {"tensors": 3.0, "groups": 2.0, "state_bytes": 4.0 * 51}
+    assert plain_report.learning_rate == 0.5
+
+
+def test_a_third_optimizers_report_is_whole_in_every_medium(plain_report, tmp_path):
+    assert GSNRReport.load(plain_report.save(tmp_path)) == plain_report
+    text, markdown, page = plain_report.to_text(), plain_report.to_markdown(), plain_report.to_html()
+    assert "3 tensors: 3 in 2 groups" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "| tensors | 3 in 2 groups |" in markdown.splitlines()
+    assert any(
+        line.startswith("| q | 2 | 4x6 | group 0: lr=0.2, weight_decay=0.1, ") for line in markdown.splitlines()
+    )
+    assert "Group by module and depth" in page
+    assert "<h2>Groups</h2>" in page
+    figure = plain_report.plot()
+    assert figure.get_suptitle().startswith("3 in 2 groups  |  state 204 bytes, AdamW's 408 bytes")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([100 * 48 / 51, 100 * 3 / 51])
+    for shown in (text, markdown, page, figure.get_suptitle()):
+        assert not any(word in shown for word in ("SWAN", "SGD-SaI", "whitened (", "Adam,", "to Adam"))
+    with pytest.raises(ReportError, match="but the first is of plain, which has none"):
+        plain_report.diff(plain_report)
+
+
+def test_a_report_of_an_optimizer_that_is_not_known_here_can_be_shown(plain_report, monkeypatch):
+    """Another's record made it; of what is there, the rows say what they can be read as."""
+    expected = plain_report.to_text(), plain_report.to_markdown(), plain_report.to_html()
+    monkeypatch.delitem(registry._RECORDS, "plain")
+    read = GSNRReport.from_json(plain_report.to_json())
+    assert (read.to_text(), read.to_markdown(), read.to_html()) == expected
+
+
+def test_the_rows_of_known_optimizers_are_what_their_records_say(report, swan_report):
+    assert [report.kind, swan_report.kind] == ["scales", "routes"]
+    assert [report.log_prefix, swan_report.log_prefix] == ["gsnr", "swan"]
+    assert dataclasses.replace(swan_report, optimizer="swan_layerwise").log_prefix == "swan"
+    assert {record.name: record.rows for record in list_records()} == {
+        "sgd_sai": "scales", "sgd_sai_layerwise": "scales", "swan": "routes", "swan_layerwise": "routes"
+    }  # fmt: skip

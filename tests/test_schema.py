@@ -15,7 +15,7 @@ from support.models import tiny_llama
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
 from hf_sai.report import ReportError, schema, thinned
-from hf_sai.report.report import TensorRow
+from hf_sai.report.rows import TensorRow
 
 
 ROW_FIELDS = {

@@ -1,7 +1,7 @@
 """
 Every private name of a host that this project uses, in one place.
 
-Each function says: what it replaces, since when the host has it, and when it can be removed.
+Each one says: what it replaces, since when the host has it, and when it can be removed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from packaging.version import Version
 
 OLDEST_TRANSFORMERS = "5.2"
 FIRST_UNKNOWN_TRANSFORMERS = "6"
+# The function that reads `optim_args`, in `transformers.trainer_optimizer` and imported into `transformers.trainer`.
+# Since transformers 5.0. Remove when the host's own message names what it could not read: up to 5.23 that is "not
+# enough values to unpack".
+OPTIM_ARGS_PARSER = "_parse_optim_args"
 
 
 class UnsupportedHostError(ValueError, RuntimeError):
@@ -58,16 +62,6 @@ def optimizer_handlers(trainer_optimizer: ModuleType) -> dict[str, Callable[[Any
             f"{OLDEST_TRANSFORMERS} and < {FIRST_UNKNOWN_TRANSFORMERS}, or use optimizer_cls_and_kwargs"
         )
     return table
-
-
-def optim_args_parser_name() -> str:
-    """
-    The function that reads `optim_args`, in `transformers.trainer_optimizer` and imported into `transformers.trainer`.
-
-    Since transformers 5.0. Remove when the host's own message names what it could not read: up to 5.23 that is "not
-    enough values to unpack".
-    """
-    return "_parse_optim_args"
 
 
 def decay_parameter_names(model: Any) -> set[str]:

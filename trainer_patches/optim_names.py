@@ -17,7 +17,7 @@ from typing import Any
 
 import wrapt
 
-from .compat import UnsupportedHostError, check_transformers_version, optim_args_parser_name, optimizer_handlers
+from .compat import OPTIM_ARGS_PARSER, UnsupportedHostError, check_transformers_version, optimizer_handlers
 
 
 Handler = Callable[[Any], tuple[Any, dict[str, Any]]]
@@ -115,10 +115,9 @@ def _apply(module: ModuleType, name: str, previous: Handler | None) -> None:
         _add_member(module.OptimizerNames, name)
         copyreg.pickle(module.OptimizerNames, _reduce_member)
         return
-    parser = optim_args_parser_name()
-    original = getattr(module, parser, None)
+    original = getattr(module, OPTIM_ARGS_PARSER, None)
     if original is not None and not isinstance(original, _Parser):
-        setattr(module, parser, _Parser(original))
+        setattr(module, OPTIM_ARGS_PARSER, _Parser(original))
     if module.__name__ == _OPTIMIZER_MODULE:
         table = optimizer_handlers(module)
         if table.get(name) not in (None, previous, _added[name]):
@@ -133,9 +132,9 @@ def _restore_host() -> None:
     """Takes back what all names share: the parser of `optim_args` and how the enum is pickled."""
     for module_name in (_OPTIMIZER_MODULE, _TRAINER_MODULE):
         module = sys.modules.get(module_name)
-        parser = getattr(module, optim_args_parser_name(), None)
+        parser = getattr(module, OPTIM_ARGS_PARSER, None)
         if isinstance(parser, _Parser):
-            setattr(module, optim_args_parser_name(), parser.replaces)
+            setattr(module, OPTIM_ARGS_PARSER, parser.replaces)
     if _ARGUMENTS_MODULE in sys.modules:
         copyreg.dispatch_table.pop(sys.modules[_ARGUMENTS_MODULE].OptimizerNames, None)
 

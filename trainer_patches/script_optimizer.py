@@ -181,14 +181,14 @@ def guarded_steps(
     stepped: dict[type[Optimizer], int] = {}
 
     def check(optimizer: Any, args: Any, kwargs: Any) -> None:
-        optimizer = _unwrapped(optimizer)
+        optimizer = unwrapped(optimizer)
         if _has_another_step(type(optimizer)) or not accepts(optimizer):
             raise ForeignOptimizerError(refusal(optimizer))
         stepped[type(optimizer)] = stepped.get(type(optimizer), 0) + 1
 
     def done(optimizer: Any, args: Any, kwargs: Any) -> None:
         if after is not None:
-            after(_unwrapped(optimizer))
+            after(unwrapped(optimizer))
 
     handles = [register_optimizer_step_pre_hook(check), register_optimizer_step_post_hook(done)]
     try:
@@ -198,7 +198,8 @@ def guarded_steps(
             handle.remove()
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper (and any other that keeps it as `.optimizer`)."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     return optimizer

@@ -7,16 +7,15 @@ The host pickles its `TrainingArguments` with every checkpoint and uploads the f
 from __future__ import annotations
 
 import copyreg
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from .tokens import MASK, TOKEN
+
 
 # Fields that hold a token whatever it looks like. Not all that ends in "_token": TRL has eos_token and pad_token.
 SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token", "token", "hf_token", "use_auth_token"})
-_LOOKS_LIKE_TOKEN = re.compile(r"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{30,}\b")
-_REMOVED = "<TOKEN>"  # as the host masks it in to_dict()
 
 
 @contextmanager
@@ -62,6 +61,6 @@ def _scrub(value: Any, secrets: set[str]) -> Any:
         return type(value)(_scrub(item, secrets) for item in value)
     if type(value) is str:
         for secret in secrets:
-            value = value.replace(secret, _REMOVED)
-        return _LOOKS_LIKE_TOKEN.sub(_REMOVED, value)
+            value = value.replace(secret, MASK)
+        return TOKEN.sub(MASK, value)
     return value

@@ -1,1 +1,1 @@
-"""The Hub side: our section of the model card."""
+"""What goes to the Hub: the model card, the push in one commit, the metrics in the card's header."""

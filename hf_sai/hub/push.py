@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,6 +198,16 @@ class HostPushes:
     create_pr: bool = False
     _pending: list[Future[CommitInfo | None]] = field(default_factory=list)
     _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def asked(self, private: bool | None, create_pr: bool) -> Iterator[None]:
+        """While it is open, pushes are as one call asks; a `private` of `None` leaves it as it was."""
+        before = self.private, self.create_pr
+        self.private, self.create_pr = (self.private if private is None else private), create_pr
+        try:
+            yield
+        finally:
+            self.private, self.create_pr = before
 
     def create_repo(self, repo_id: str, token: str | None = None, private: bool | None = None, **unused: Any) -> Any:
         """

@@ -78,6 +78,8 @@ class OptimizerRecord:
         adam_rates (`bool`, *optional*, defaults to `False`): Whether learning rates are in AdamW's terms, so that its
             usual ones need no warning.
         saved_keys (`frozenset[str]`, *optional*): Keys of its groups that tell its state from those of others.
+        rows (`str`): What a report shows of each tensor: `"scales"` (from `gsnr_statistics()`), `"routes"` (from
+            `routes()`), or `"groups"`, which needs neither: the tensor's group with its options.
     """
 
     name: str
@@ -93,16 +95,12 @@ class OptimizerRecord:
     host_settings: tuple[str, ...] = ()
     adam_rates: bool = False
     saved_keys: frozenset[str] = frozenset()
+    rows: str = "groups"
 
     @property
     def ordinary(self) -> str:
         """The name of the variant that is not layer-wise."""
         return self.name.removesuffix(_LAYERWISE)
-
-    @property
-    def routed(self) -> bool:
-        """As `needs_modules`. For hf_sai/report alone, until its rows come from the record."""
-        return self.needs_modules
 
     def spelling(self, name: str) -> str:
         """The name of an option that is given by its name or an older one; any other as it is."""
@@ -156,6 +154,7 @@ _SGD_SAI = OptimizerRecord(
     ),
     grouping=sgd_sai_groups,
     saved_keys=frozenset({"normalize", "gsnr_max"}),
+    rows="scales",
 )
 
 _SWAN = OptimizerRecord(
@@ -192,6 +191,7 @@ _SWAN = OptimizerRecord(
     host_settings=("betas", "eps"),  # of the tensors that go to Adam
     adam_rates=True,
     saved_keys=frozenset({"kind", "routes"}),
+    rows="routes",
 )
 
 _RECORDS: dict[str, OptimizerRecord] = {}

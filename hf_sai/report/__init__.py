@@ -1,16 +1,10 @@
 """The report of a run: what was measured or routed, as data (`gsnr_report.json`), text, picture and page."""
 
 from ..optim.tensors import optimizer_state_bytes
-from .compare import DiffRow, ReportDiff
-from .report import (
-    HISTORY_PNG,
-    REPORT_JSON,
-    REPORT_PNG,
-    GSNRReport,
-    RouteRow,
-    TensorRow,
-    format_bytes,
-)
+from .compare import DiffRow
+from .facts import format_bytes
+from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportDiff
+from .rows import RouteRow, TensorRow
 from .schema import ReportError, thinned
 
 

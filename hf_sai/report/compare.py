@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
-from .report import GSNRReport, TensorRow
+from .data import ReportData
+from .rows import TensorRow
 from .schema import ReportError
+
+
+_Comparison = TypeVar("_Comparison", bound="Comparison")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class DiffRow:
         """Why there is no ratio: `"not in first"`, `"pending in second"`, ...; empty where nothing is amiss."""
         sides = {"first": self.first, "second": self.second}
         absent = [f"not in {side}" for side, row in sides.items() if row is None]
-        pending = [f"pending in {side}" for side, row in sides.items() if row is not None and row.status == "pending"]
+        pending = [f"pending in {side}" for side, row in sides.items() if row is not None and not row.settled]
         return "" if len(pending) == 2 else ", ".join([*absent, *pending])
 
     @property
@@ -57,9 +61,9 @@ class DiffRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportDiff:
+class Comparison:
     """
-    Two runs compared; `GSNRReport.diff` makes it.
+    Two runs compared, as data.
 
     Args:
         quantity (`str`): What is compared: `"scale"`, or `"g-SNR"` where the runs normalise differently.
@@ -98,62 +102,42 @@ class ReportDiff:
         """As JSON can hold it: `quantity`, `notes`, and `tensors` with both sides."""
         return {"quantity": self.quantity, "notes": self.notes, "tensors": [_plain(row) for row in self.rows]}
 
-    def to_text(self) -> str:
-        """A plain table for a terminal of 80 columns, furthest apart first."""
-        from .terminal import diff_view, plain
-
-        return plain(diff_view(self))
-
-    def plot(self, ratio: float | None = None) -> Any:
+    @classmethod
+    def of(cls: type[_Comparison], first: ReportData, second: ReportData) -> _Comparison:
         """
-        The scatter plot as a `matplotlib.figure.Figure`.
+        Compares two runs. Tensors are the same where their names are.
 
-        Args:
-            ratio (`float`, *optional*): Tensors further apart than this are red.
+        Scales are compared as they were used. Where one run divides them by the largest g-SNR and the other does not,
+        all would differ by that factor, and g-SNR is compared instead; a note says so.
 
         Raises:
-            `ImportError`: matplotlib is not installed.
+            `ReportError`: One of them has no scales.
         """
-        from .plots import diff_figure
-
-        return diff_figure(self, ratio)
-
-
-def compare(first: GSNRReport, second: GSNRReport) -> ReportDiff:
-    """
-    Compares two runs. Tensors are the same where their names are.
-
-    Scales are compared as they were used. Where one run divides them by the largest g-SNR and the other does not, all
-    would differ by that factor, and g-SNR is compared instead; a note says so.
-
-    Raises:
-        `ReportError`: One of them is of SWAN, which has no scales.
-    """
-    for which, report in (("first", first), ("second", second)):
-        if report.routes:
-            raise ReportError(
-                f"a comparison needs the scales of two runs but the {which} is of {report.optimizer}, which has none; "
-                "give reports of sgd_sai"
-            )
-    normalizations = [report.options.get("normalize", "none") for report in (first, second)]
-    quantity = "scale" if normalizations[0] == normalizations[1] else "g-SNR"
-    rows = [{row.name: row for row in report.tensors} for report in (first, second)]
-    names = list(dict.fromkeys([*rows[0], *rows[1]]))
-    return ReportDiff(
-        quantity,
-        [_row(name, rows[0].get(name), rows[1].get(name), quantity) for name in names],
-        _notes(first, second, normalizations),
-    )
+        for which, report in (("first", first), ("second", second)):
+            if report.kind != "scales":
+                raise ReportError(
+                    f"a comparison needs the scales of two runs but the {which} is of {report.optimizer}, which has "
+                    "none; give reports of sgd_sai"
+                )
+        normalizations = [report.options.get("normalize", "none") for report in (first, second)]
+        quantity = "scale" if normalizations[0] == normalizations[1] else "g-SNR"
+        rows = [{row.name: row for row in report.tensors} for report in (first, second)]
+        names = list(dict.fromkeys([*rows[0], *rows[1]]))
+        return cls(
+            quantity,
+            [_row(name, rows[0].get(name), rows[1].get(name), quantity) for name in names],
+            _notes(first, second, normalizations),
+        )
 
 
 def _row(name: str, first: TensorRow | None, second: TensorRow | None, quantity: str) -> DiffRow:
     ratio = None
-    if first is not None and second is not None and "pending" not in (first.status, second.status):
+    if first is not None and second is not None and first.settled and second.settled:
         ratio = second.scale / first.scale if quantity == "scale" else second.gsnr / first.gsnr
     return DiffRow(name, first, second, ratio)
 
 
-def _notes(first: GSNRReport, second: GSNRReport, normalizations: list[Any]) -> list[str]:
+def _notes(first: ReportData, second: ReportData, normalizations: list[Any]) -> list[str]:
     notes = []
     if normalizations[0] != normalizations[1]:
         largest = max(first.gsnr_max, second.gsnr_max)

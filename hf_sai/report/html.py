@@ -5,17 +5,14 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
-from ..optim.routing import ADAM
-from .report import format_bytes, mean_scale, moved_most, scale_limits
-from .schema import STATUSES
+from .data import ReportData
+from .facts import facts, format_bytes, settings, tip_of, words_of
+from .rows import RouteRow, TensorRow, cells_of, layers_of, mean_scale, moved_most, scale_limits
 
-
-if TYPE_CHECKING:
-    from .report import GSNRReport, RouteRow, TensorRow
 
 MAX_ROWS = 10_000  # of the table; a page of 5 MB
 MAX_KINDS = 60  # of the map
@@ -25,8 +22,8 @@ ROW_HEIGHT, LABEL_WIDTH, WIDTH, HEIGHT, MARGIN = 20, 210, 760, 260, 46
 _COLOURS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
 
 
-def report_html(report: GSNRReport) -> str:
-    """The page; see [`GSNRReport.to_html`]."""
+def report_html(report: ReportData) -> str:
+    """The page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_sai.report"),
         undefined=jinja2.StrictUndefined,
@@ -34,68 +31,41 @@ def report_html(report: GSNRReport) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    rows: list[Any] = report.routes or report.tensors
+    words = words_of(report)
     return environment.get_template("report.html.jinja").render(
         report=report,
-        facts=_facts(report),
-        settings=[
-            *report.options.items(),
-            ("weight_decay", report.weight_decay),
-            *report.run.items(),
-            *report.versions.items(),
-        ],
+        facts=facts(report),
+        settings=[*settings(report), *report.versions.items()],
         memory=_memory(report),
-        map=_map(report, rows),
+        map=_map(report),
         depth=_depth(report),
         drift=_drift(report),
         by_route=report.by_route(),
+        second={row.route for row in report.routes if words.is_second(row)},
         total=sum(row.numel for row in report.routes) or 1,
         largest=max((entry["numel"] for entry in report.by_route()), default=1) or 1,
-        columns=_ROUTE_COLUMNS if report.routes else _TENSOR_COLUMNS,
-        rows=[_route_cells(row) if report.routes else _tensor_cells(report, row) for row in rows[:MAX_ROWS]],
-        count=len(rows),
+        heading=words.heading,
+        legend=words.legend(report),
+        note=words.note(report),
+        columns=words.columns,
+        rows=[words.cells(report, row) for row in report.rows[:MAX_ROWS]],
+        count=len(report.rows),
     )
 
 
-def _facts(report: GSNRReport) -> list[tuple[str, str]]:
-    counts = report.summary()
-    facts = [("learning rate, peak", f"{report.learning_rate:g}")]
-    if report.routes:
-        facts += [
-            ("whitened", f"{counts['whitened']:.0f} tensors, {counts['whitened_share']:.1%} of elements"),
-            ("to Adam", f"{counts['adam']:.0f} tensors"),
-        ]
-    else:
-        facts.append(
-            ("tensors", ", ".join(f"{counts[status]:,.0f} {status}" for status in STATUSES if counts[status]))
-        )
-        settled = [row for row in report.tensors if row.status != "pending"]
-        if settled:
-            ratios = [row.gsnr_over_sqrt_numel for row in settled]
-            facts += [
-                ("scale", _span(counts["scale_min"], counts["scale_max"])),
-                ("g-SNR / sqrt(numel)", _span(min(ratios), max(ratios))),
-                ("learning rate x scale", _span(*(report.learning_rate_range(settled) or ()))),
-            ]
-    state = f"{format_bytes(report.state_bytes)} ({_percent(report.state_bytes, report.adamw_state_bytes)} of AdamW's)"
-    return [*facts, ("optimizer state", state)]
-
-
-def _memory(report: GSNRReport) -> list[tuple[str, str, float]]:
+def _memory(report: ReportData) -> list[tuple[str, str, float]]:
     """Name, size and width in percent of two bars."""
     largest = max(report.state_bytes, report.adamw_state_bytes, 1)
     sizes = ((report.optimizer, report.state_bytes), ("AdamW", report.adamw_state_bytes))
     return [(name, format_bytes(size), 100.0 * size / largest) for name, size in sizes]
 
 
-def _map(report: GSNRReport, rows: list[Any]) -> dict[str, Any]:
-    """One cell per kind of tensor and layer, coloured by scale, or of SWAN by route."""
-    cells: dict[tuple[str, int | None], list[Any]] = {}
-    for row in rows:
-        cells.setdefault((row.kind, row.layer), []).append(row)
+def _map(report: ReportData) -> dict[str, Any]:
+    """One cell per kind of tensor and layer, coloured by scale or route."""
+    cells = cells_of(report.rows)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     shown = {kind: index for index, kind in enumerate(kinds[:MAX_KINDS])}
-    layers = _layers(rows)
+    layers = _places(report.rows)
     width = max(12, min(44, (WIDTH - LABEL_WIDTH) // max(1, len(layers))))
     every = max(1, math.ceil(24 / width))
     limits = scale_limits(report.tensors)
@@ -104,7 +74,7 @@ def _map(report: GSNRReport, rows: list[Any]) -> dict[str, Any]:
             {
                 "x": LABEL_WIDTH + layers[layer] * width,
                 "y": shown[kind] * ROW_HEIGHT,
-                **(_route_cell(found) if report.routes else _scale_cell(found, limits)),
+                **_cell(report, found, limits),
             }
             for (kind, layer), found in cells.items()
             if kind in shown
@@ -119,24 +89,15 @@ def _map(report: GSNRReport, rows: list[Any]) -> dict[str, Any]:
         "width": LABEL_WIDTH + len(layers) * width,
         "height": len(shown) * ROW_HEIGHT,
         "hidden": len(kinds) - len(shown),
-        "limits": [f"{limit:.3g}" for limit in limits],
+        "limits": [f"{limit:.3g}" for limit in limits] if report.tensors else [],
         "colours": [_rgb(colour) for colour in _COLOURS],
     }
 
 
-def _scale_cell(rows: list[TensorRow], limits: tuple[float, float]) -> dict[str, str]:
-    settled = [row for row in rows if row.status != "pending"]
-    tip = "\n".join(_tip(row) for row in rows[:4]) + (f"\nand {len(rows) - 4} more" if len(rows) > 4 else "")
-    if not settled:
-        return {"class": "pending", "fill": "", "tip": tip}
-    status = "fallback" if any(row.status == "fallback" for row in settled) else "settled"
-    return {"class": status, "fill": colour_of(mean_scale(settled), limits), "tip": tip}
-
-
-def _route_cell(rows: list[RouteRow]) -> dict[str, str]:
-    adam = any(row.route == ADAM for row in rows)
-    tip = "\n".join(f"{row.name}: {row.route}, {row.reason}" for row in rows[:4])
-    return {"class": "adam" if adam else "whitened", "fill": "", "tip": tip}
+def _cell(report: ReportData, rows: list[Any], limits: tuple[float, float]) -> dict[str, str]:
+    style, tip = words_of(report).mark(rows)
+    settled = [row for row in rows if isinstance(row, TensorRow) and row.settled]
+    return {"class": style, "fill": colour_of(mean_scale(settled), limits) if settled else "", "tip": tip}
 
 
 def colour_of(scale: float, limits: tuple[float, float]) -> str:
@@ -148,12 +109,12 @@ def colour_of(scale: float, limits: tuple[float, float]) -> str:
     return _rgb(mixed)
 
 
-def _depth(report: GSNRReport) -> dict[str, Any] | None:
+def _depth(report: ReportData) -> dict[str, Any] | None:
     """One mark per tensor: layer against g-SNR / sqrt(numel)."""
-    settled = [row for row in report.tensors if row.status != "pending"][:MAX_ROWS]
+    settled = report.settled[:MAX_ROWS]
     if not settled:
         return None
-    layers = _layers(settled)
+    layers = _places(settled)
     kinds = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in settled))}
     ratios = [row.gsnr_over_sqrt_numel for row in settled]
     axis = _Axis(min([*ratios, 1.0]), max([*ratios, 1.0]))
@@ -163,7 +124,7 @@ def _depth(report: GSNRReport) -> dict[str, Any] | None:
     for row, ratio in zip(settled, ratios, strict=True):
         beside = (kinds[row.kind] + 0.5) / len(kinds) * 0.8 + 0.1  # so that the kinds of a layer stand side by side
         x = MARGIN + (layers[row.layer] + beside) * step
-        marks.append({"x": round(x, 1), "y": axis.place(ratio), "status": row.status, "tip": _tip(row)})
+        marks.append({"x": round(x, 1), "y": axis.place(ratio), "status": row.status, "tip": tip_of(row)})
     every = max(1, math.ceil(30 / step))
     return {
         "marks": marks,
@@ -180,7 +141,7 @@ def _depth(report: GSNRReport) -> dict[str, Any] | None:
     }
 
 
-def _drift(report: GSNRReport) -> dict[str, Any] | None:
+def _drift(report: ReportData) -> dict[str, Any] | None:
     """g-SNR over time as a ratio to the first: the span of all tensors, and medians of the kinds that moved most."""
     drift = [entry for entry in report.drift() if entry["min"] > 0.0]
     if not drift:
@@ -231,77 +192,9 @@ class _Axis:
         return [(self.place(value), f"{value:.3g}") for value in values]
 
 
-_TENSOR_COLUMNS = (
-    ("tensor", False),
-    ("scale", True),  # on a phone only the first columns are seen at once
-    ("g-SNR / sqrt(n)", True),
-    ("g-SNR", True),
-    ("learning rate", True),
-    ("layer", True),
-    ("shape", True),
-    ("step", True),
-    ("status", False),
-)
-_ROUTE_COLUMNS = (
-    ("tensor", False),
-    ("layer", True),
-    ("shape", True),
-    ("elements", True),
-    ("route", False),
-    ("why", False),
-)
-
-
-def _tensor_cells(report: GSNRReport, row: TensorRow) -> list[tuple[str, Any]]:
-    """Text and sorting value per column; a value of `""` sorts last."""
-    name, layer, shape = _first_cells(row)
-    if row.status == "pending":
-        return [name, *[("", "")] * 4, layer, shape, ("", ""), (row.status, row.status)]
-    return [
-        name,
-        (f"{row.scale:.4g}", row.scale),
-        (f"{row.gsnr_over_sqrt_numel:.4f}", row.gsnr_over_sqrt_numel),
-        (f"{row.gsnr:.5g}", row.gsnr),
-        (_span(*(report.learning_rate_range([row]) or ())), row.learning_rate),
-        layer,
-        shape,
-        (str(row.step), row.step),
-        (row.status, row.status),
-    ]
-
-
-def _route_cells(row: RouteRow) -> list[tuple[str, Any]]:
-    elements = (f"{row.numel:,}", row.numel)
-    return [*_first_cells(row), elements, (row.route, row.route), (row.reason, row.reason)]
-
-
-def _first_cells(row: TensorRow | RouteRow) -> list[tuple[str, Any]]:
-    layer = ("", "") if row.layer is None else (str(row.layer), row.layer)
-    return [(row.name, row.name), layer, ("x".join(map(str, row.shape)) or "scalar", row.numel)]
-
-
-def _tip(row: TensorRow) -> str:
-    if row.status == "pending":
-        return f"{row.name}: pending"
-    return (
-        f"{row.name}: scale {row.scale:.4g}, g-SNR {row.gsnr:.4g}, {row.gsnr_over_sqrt_numel:.4f} of sqrt(numel), "
-        f"{row.status} at step {row.step}"
-    )
-
-
-def _layers(rows: Iterable[Any]) -> dict[int | None, int]:
-    """Place of each layer; what stands outside the blocks is first."""
-    found = {row.layer for row in rows}
-    return {layer: index for index, layer in enumerate(sorted(found, key=lambda each: -1 if each is None else each))}
-
-
-def _span(low: float, high: float) -> str:
-    texts = f"{low:.4g}", f"{high:.4g}"
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "0%"
+def _places(rows: Iterable[TensorRow | RouteRow]) -> dict[int | None, int]:
+    """Place of each layer."""
+    return {layer: index for index, layer in enumerate(layers_of(rows))}
 
 
 def _rgb(colour: Iterable[float]) -> str:

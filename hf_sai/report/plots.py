@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from textwrap import shorten
+from typing import Any
 
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -12,27 +13,25 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..optim.routing import ADAM
-from .report import format_bytes, mean_scale, moved_most, scale_limits
+from .compare import Comparison
+from .data import ReportData
+from .facts import words_of
+from .rows import TensorRow, cells_of, layers_of, mean_scale, moved_most, scale_limits
 
-
-if TYPE_CHECKING:
-    from .compare import ReportDiff
-    from .report import GSNRReport, TensorRow
 
 MAX_KINDS = 24
 MAX_LINES = 9
 PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR, ADAM_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97", "#e09f3e"
-# kind, layer -> the tensors there (several where an adapter has more than one matrix of a kind)
-Cells = dict[tuple[str, int | None], list["TensorRow"]]
+_COLOURS = (POINT_COLOUR, ADAM_COLOUR)
+Cells = dict[tuple[str, int | None], list[TensorRow]]
 
 
-def report_png(report: GSNRReport) -> bytes:
+def report_png(report: ReportData) -> bytes:
     """[`report_figure`] as PNG, 1500 pixels wide; of SWAN 1000."""
     return _png(report_figure(report))
 
 
-def report_figure(report: GSNRReport) -> Figure:
+def report_figure(report: ReportData) -> Figure:
     """
     The picture of a run.
 
@@ -40,33 +39,33 @@ def report_figure(report: GSNRReport) -> Figure:
     is a fallback. Right: scale against sqrt(numel), with the line that a gradient of zero mean would give. Of SWAN:
     the share of the elements by kind of tensor, coloured by what is whitened and what goes to Adam.
     """
-    if report.routes:
-        return _routes_figure(report)
-    cells: Cells = {}
-    for row in report.tensors:
-        cells.setdefault((row.kind, row.layer), []).append(row)
+    return _FIGURES[report.kind](report)
+
+
+def _scales_figure(report: ReportData) -> Figure:
+    cells = cells_of(report.tensors)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     shown = kinds[:MAX_KINDS]
     figure = Figure(figsize=(15, max(4.8, 0.34 * len(shown) + 2.4)), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
     _draw_cells(figure, left, report, cells, shown, hidden=len(kinds) - len(shown))
     _draw_against_size(right, report)
-    figure.suptitle(_headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
+    figure.suptitle(words_of(report).headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
     return figure
 
 
-def diff_png(diff: ReportDiff, ratio: float | None = None) -> bytes:
+def diff_png(diff: Comparison, ratio: float | None = None) -> bytes:
     """[`diff_figure`] as PNG, 800 pixels wide."""
     return _png(diff_figure(diff, ratio))
 
 
-def diff_figure(diff: ReportDiff, ratio: float | None = None) -> Figure:
+def diff_figure(diff: Comparison, ratio: float | None = None) -> Figure:
     """
     One point per tensor that both runs have: its value in the first run against that in the second, with the line
     where they are equal.
 
     Args:
-        diff (`ReportDiff`): The comparison.
+        diff (`Comparison`): The comparison.
         ratio (`float`, *optional*): What is further apart than this is red, and the band is drawn.
     """
     figure = Figure(figsize=(8, 7), dpi=100, layout="constrained")
@@ -98,18 +97,20 @@ def diff_figure(diff: ReportDiff, ratio: float | None = None) -> Figure:
     return figure
 
 
-def _routes_figure(report: GSNRReport) -> Figure:
+def _routes_figure(report: ReportData) -> Figure:
     entries = sorted(report.by_route(), key=lambda entry: entry["numel"], reverse=True)
     total = sum(entry["numel"] for entry in entries) or 1
     shown, hidden = entries[:MAX_KINDS], entries[MAX_KINDS:]
     figure = Figure(figsize=(10, max(3.0, 0.34 * len(shown) + 1.6)), dpi=100, layout="constrained")
     axes: Any = figure.subplots()
     shares = [100.0 * entry["numel"] / total for entry in shown]
-    colours = [ADAM_COLOUR if entry["route"] == ADAM else POINT_COLOUR for entry in shown]
+    words = words_of(report)
+    second = {row.route for row in report.routes if words.is_second(row)}
+    colours = [_COLOURS[entry["route"] in second] for entry in shown]
     axes.barh(range(len(shown)), shares, color=colours, height=0.8)
     for y, (entry, share) in enumerate(zip(shown, shares, strict=True)):
         times = f"{entry['tensors']} x {entry['shape']}" if entry["tensors"] > 1 else entry["shape"]
-        text = f" {share:.2g}%  {entry['reason']}, {times}"
+        text = f" {share:.2g}%  {shorten(entry['reason'], 60)}, {times}"
         axes.text(share, y, text, va="center", fontsize=9, color="#333333", parse_math=False)
     axes.set_yticks(range(len(shown)), [entry["kind"] for entry in shown], fontsize=9, parse_math=False)
     axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -119,22 +120,13 @@ def _routes_figure(report: GSNRReport) -> Figure:
     )
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    counts = report.summary()
     handles = [
-        Line2D(
-            [], [], color=POINT_COLOUR, marker="s", lw=0, label=f"whitened, no state: {counts['whitened']:.0f} tensors"
-        ),
-        Line2D([], [], color=ADAM_COLOUR, marker="s", lw=0, label=f"to Adam: {counts['adam']:.0f} tensors"),
+        Line2D([], [], color=_COLOURS[bool(second)], marker="s", lw=0, label=text)
+        for second, text in words.legend(report)
     ]
-    axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
-    figure.suptitle(
-        f"{counts['whitened_share']:.1%} of {total:,} elements whitened  |  state {format_bytes(report.state_bytes)}, "
-        f"AdamW's {format_bytes(report.adamw_state_bytes)}",
-        fontsize=13,
-        x=0.01,
-        ha="left",
-        weight="bold",
-    )
+    if handles:
+        axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
+    figure.suptitle(words.headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
     return figure
 
 
@@ -144,7 +136,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def history_png(report: GSNRReport) -> bytes:
+def history_png(report: ReportData) -> bytes:
     """
     g-SNR over training as PNG, 1000 pixels wide: the median of each kind of tensor, as a ratio to its first
     measurement, and the span of all tensors in grey.
@@ -170,18 +162,8 @@ def history_png(report: GSNRReport) -> bytes:
     return _png(figure)
 
 
-def _headline(report: GSNRReport) -> str:
-    counts = report.summary()
-    parts = [
-        f"{int(counts[status])} {status}" for status in ("measured", "given", "fallback", "pending") if counts[status]
-    ]
-    learning_rate = f"learning rate {report.learning_rate:g}, normalize={report.options.get('normalize', 'none')}"
-    return f"Learning-rate scale of {len(report.tensors)} tensors (g-SNR): {', '.join(parts)}  |  {learning_rate}"
-
-
-def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kinds: list[str], hidden: int) -> None:
-    outside: list[int | None] = [None] if any(layer is None for _, layer in cells) else []
-    layers = [*outside, *sorted({layer for _, layer in cells if layer is not None})]
+def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kinds: list[str], hidden: int) -> None:
+    layers = layers_of(report.tensors)
     mappable = axes.scatter([], [], c=[], norm=LogNorm(*scale_limits(report.tensors)), cmap="viridis")
     write_values = len(layers) <= 14
     for (kind, layer), rows in cells.items():
@@ -198,13 +180,13 @@ def _draw_cells(figure: Figure, axes: Any, report: GSNRReport, cells: Cells, kin
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if len(report.by_status("pending")) < len(report.tensors):
+    if report.settled:
         bar = figure.colorbar(mappable, ax=axes, label="scale (the learning rate is multiplied by it)", pad=0.01)
         _plain_numbers(bar.ax.yaxis)
 
 
 def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, write_value: bool) -> None:
-    settled = [row for row in rows if row.status != "pending"]
+    settled = [row for row in rows if row.settled]
     if not settled:
         stroke: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": PENDING_COLOUR, "hatch": "////", "lw": 0}
         axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, **stroke))
@@ -223,8 +205,8 @@ def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, 
         )
 
 
-def _draw_against_size(axes: Any, report: GSNRReport) -> None:
-    settled = [row for row in report.tensors if row.status != "pending"]
+def _draw_against_size(axes: Any, report: ReportData) -> None:
+    settled = report.settled
     pending = report.by_status("pending")
     normalizer = report.gsnr_max if report.options.get("normalize") == "max" and report.gsnr_max else 1.0
     floor = min((row.scale for row in settled), default=1.0) / 2
@@ -277,3 +259,6 @@ def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
         style: dict[str, Any] = {"marker": "v", "markerfacecolor": "white", "markeredgecolor": "#555555", "lw": 0}
         handles.append(Line2D([], [], label=label, **style))
     return [*handles, Line2D([], [], color="#888888", lw=1, label="sqrt(numel): a gradient of zero mean")]
+
+
+_FIGURES = {"scales": _scales_figure, "routes": _routes_figure, "groups": _routes_figure}

@@ -1,271 +1,35 @@
-"""The report of a run as data: one row per tensor, the options that ran, and a JSON file with a schema number."""
+"""The face of a report: the data with its files, its media, its comparison and its way to the Hub."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
-import json
-import math
 import os
-import platform
 import tempfile
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from ..files import write_whole
-from ..optim.registry import OptimizerRecord, record_of
-from ..optim.routing import ADAM, Route
-from ..optim.tensors import optimizer_state_bytes
 from ..upload import Destination, upload
-from . import schema
-from .schema import SCHEMA, STATUSES, ReportError
+from .compare import Comparison
+from .data import ReportData
+from .schema import ReportError, read_text
 
-
-if TYPE_CHECKING:
-    from .compare import ReportDiff
 
 REPORT_JSON = "gsnr_report.json"
 REPORT_PNG = "gsnr_report.png"
 HISTORY_PNG = "gsnr_history.png"
 
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
-
 
 @dataclasses.dataclass(frozen=True)
-class TensorRow:
+class GSNRReport(ReportData):
     """
-    One tensor of the report.
-
-    Args:
-        name (`str`): The parameter's name in the model.
-        kind (`str`): The module's role without the layer number, such as `self_attn.q_proj.lora_A`.
-        layer (`int` or `None`): Number of the block that it stands in; `None` outside the blocks.
-        shape (`tuple[int, ...]`): Shape.
-        numel (`int`): Number of elements.
-        gsnr (`float`): As measured; `sqrt(numel)` for a fallback; 0.0 while pending.
-        gsnr_over_sqrt_numel (`float`): What the gradient adds to the tensor's size: 1.0 for a gradient of zero mean.
-        scale (`float`): What the learning rate is multiplied by.
-        learning_rate (`float`): Peak learning rate of its group times `scale`.
-        step (`int`): Optimizer step of its first informative gradient, from 1; 0 while pending.
-        status (`str`): `"measured"`, `"fallback"`, `"given"` or `"pending"`.
+    What SGD-SaI measured in a run, or how SWAN routed it: [`ReportData`], which has the fields and what is computed of
+    them, with its text, page and picture, its files and its way to the Hub.
     """
-
-    name: str
-    kind: str
-    layer: int | None
-    shape: tuple[int, ...]
-    numel: int
-    gsnr: float
-    gsnr_over_sqrt_numel: float
-    scale: float
-    learning_rate: float
-    step: int
-    status: str
-
-
-@dataclasses.dataclass(frozen=True)
-class RouteRow:
-    """
-    Where SWAN took one tensor.
-
-    Args:
-        name (`str`): The parameter's name in the model.
-        kind (`str`): As in [`TensorRow`].
-        layer (`int` or `None`): As in [`TensorRow`].
-        shape (`tuple[int, ...]`): Shape.
-        numel (`int`): Number of elements.
-        route (`str`): `"adam"`, or how it was read as matrices and whitened: `"matrix"`, `"matrix, transposed"`, ...
-        reason (`str`): Why.
-    """
-
-    name: str
-    kind: str
-    layer: int | None
-    shape: tuple[int, ...]
-    numel: int
-    route: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class GSNRReport:
-    """
-    What SGD-SaI measured in a run, or how SWAN routed it. Holds no path, no command line, no environment variable.
-
-    Args:
-        optimizer (`str`): Registered name, such as `"sgd_sai"`.
-        options (`dict`): The options that ran, typed: `momentum`, `eps`, `normalize`, ...
-        learning_rate (`float`): Peak learning rate, the largest of the groups.
-        weight_decay (`float`): The largest of the groups.
-        gsnr_max (`float`): Largest g-SNR of the model, as fixed by the first measuring step; 0.0 before.
-        tensors (`list[TensorRow]`): One row per trained tensor; none for SWAN.
-        routes (`list[RouteRow]`): One row per trained tensor; none for SGD-SaI.
-        state_bytes (`int`): Bytes that the optimizer keeps for its tensors.
-        adamw_state_bytes (`int`): Bytes that AdamW would keep: two numbers per element in the parameter's dtype.
-        run (`dict`): Facts of the run, such as `effective_batch_size` and `world_size`, where they are known.
-        history (`list[dict]`): g-SNR measured again later, where tracked: `{"step": 50, "gsnr": {name: g-SNR}}`.
-        versions (`dict[str, str]`): Of the packages that matter.
-        schedule (`list[float]`): Lowest and highest factor that the schedule multiplies the peak learning rate with,
-            over the steps that move something; empty where it is not known.
-    """
-
-    optimizer: str
-    options: dict[str, Any]
-    learning_rate: float
-    weight_decay: float
-    gsnr_max: float
-    tensors: list[TensorRow]
-    routes: list[RouteRow]
-    state_bytes: int
-    adamw_state_bytes: int
-    run: dict[str, Any] = dataclasses.field(default_factory=dict)
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    schedule: list[float] = dataclasses.field(default_factory=list)
-
-    @classmethod
-    def from_optimizer(
-        cls, optimizer: Any, run: dict[str, Any] | None = None, schedule: Sequence[float] = ()
-    ) -> GSNRReport:
-        """
-        Reads a live optimizer; nothing is measured and no device memory is read.
-
-        Args:
-            optimizer (`SGDSaI` or `SWAN`): The optimizer itself, without a wrapper.
-            run (`dict`, *optional*): Facts of the run, plain values.
-            schedule (`list[float]`, *optional*): As in [`GSNRReport`].
-
-        Raises:
-            `TypeError`: It is neither.
-        """
-        record = _record_of(optimizer)
-        groups = optimizer.param_groups
-        peak = [float(group.get("initial_lr", group["lr"])) for group in groups]
-        return cls(
-            optimizer=record.name,
-            options={
-                option.name: _plain(groups[0][option.name]) for option in record.options if option.name in groups[0]
-            },
-            learning_rate=max(peak),
-            weight_decay=max(group["weight_decay"] for group in groups),
-            gsnr_max=groups[0].get("gsnr_max", 0.0),
-            tensors=[] if record.routed else [_row(each, peak[each.group]) for each in optimizer.gsnr_statistics()],
-            routes=[_route_row(each) for each in optimizer.routes()] if record.routed else [],
-            state_bytes=optimizer_state_bytes(optimizer),
-            adamw_state_bytes=_adamw_state_bytes(groups),
-            run=dict(run or {}),
-            versions=_versions(),
-            schedule=list(schedule),
-        )
-
-    def by_status(self, status: str) -> list[TensorRow]:
-        """The rows with that status."""
-        return [row for row in self.tensors if row.status == status]
-
-    def summary(self) -> dict[str, float]:
-        """
-        A few numbers for a log: tensors by status, minimum, median and maximum of scale, maximum of the ratio; of SWAN
-        how many tensors and elements are whitened and how many go to Adam; and the bytes of the optimizer's state.
-        """
-        if self.routes:
-            adam = [row.numel for row in self.routes if row.route == ADAM]
-            elements = sum(row.numel for row in self.routes)
-            return {
-                "whitened": float(len(self.routes) - len(adam)),
-                "adam": float(len(adam)),
-                "whitened_share": 1.0 - sum(adam) / elements if elements else 0.0,
-                "state_bytes": float(self.state_bytes),
-            }
-        counts = {f"{status}": float(len(self.by_status(status))) for status in STATUSES}
-        settled = [row for row in self.tensors if row.status != "pending"]
-        if not settled:
-            return counts
-        scales = [row.scale for row in settled]
-        return {
-            **counts,
-            "scale_min": min(scales),
-            "scale_median": _median(scales),
-            "scale_max": max(scales),
-            "ratio_max": max(row.gsnr_over_sqrt_numel for row in settled),
-            "state_bytes": float(self.state_bytes),
-        }
-
-    def drift(self) -> list[dict[str, Any]]:
-        """
-        How g-SNR changed, one entry per tracked step: the smallest, median and largest ratio to the first measurement
-        over the tensors, and the median by kind of tensor.
-        """
-        first = {row.name: row for row in self.tensors if row.status in ("measured", "given")}
-        entries = []
-        for measured in self.history:
-            ratios = {name: gsnr / first[name].gsnr for name, gsnr in measured["gsnr"].items() if name in first}
-            kinds: dict[str, list[float]] = {}
-            for name, ratio in ratios.items():
-                kinds.setdefault(first[name].kind, []).append(ratio)
-            entries.append(
-                {
-                    "step": measured["step"],
-                    "min": min(ratios.values(), default=0.0),
-                    "median": _median(ratios.values()),
-                    "max": max(ratios.values(), default=0.0),
-                    "kinds": {kind: _median(values) for kind, values in kinds.items()},
-                }
-            )
-        return entries
-
-    def learning_rate_range(self, rows: Sequence[TensorRow]) -> tuple[float, float] | None:
-        """Lowest and highest learning rate of some tensors, scale and schedule included; `None` while all pend."""
-        peaks = [row.learning_rate for row in rows if row.status != "pending"]
-        low, high = self.schedule if len(self.schedule) == 2 else (1.0, 1.0)
-        return (min(peaks) * low, max(peaks) * high) if peaks else None
-
-    def by_kind(self) -> list[dict[str, Any]]:
-        """
-        One entry per kind of tensor: number, shape, steps, status, medians of scale, ratio and learning rate over the
-        tensors that are not pending, and the range of the learning rate ([`GSNRReport.learning_rate_range`]).
-        """
-        return [{"kind": kind, **self._entry(rows)} for kind, rows in _grouped(self.tensors, "kind").items()]
-
-    def by_layer(self) -> list[dict[str, Any]]:
-        """One entry per layer, with the same fields; what stands outside the blocks has the layer `None`, first."""
-        layers = _grouped(self.tensors, "layer")
-        ordered = sorted(layers, key=lambda layer: -1 if layer is None else layer)
-        return [{"layer": layer, **self._entry(layers[layer])} for layer in ordered]
-
-    def _entry(self, rows: list[TensorRow]) -> dict[str, Any]:
-        settled = [row for row in rows if row.status != "pending"]
-        return {
-            "tensors": len(rows),
-            "shape": _shape_of(rows),
-            "scale": _median(row.scale for row in settled),
-            "ratio": _median(row.gsnr_over_sqrt_numel for row in settled),
-            "learning_rate": _median(row.learning_rate for row in settled),
-            "learning_rate_range": self.learning_rate_range(rows),
-            "steps": sorted({row.step for row in settled}),
-            "status": ", ".join(sorted({row.status for row in rows})),
-        }
-
-    def by_route(self) -> list[dict[str, Any]]:
-        """One entry per kind of tensor, route and reason: number, shape and elements."""
-        kinds: dict[tuple[str, str, str], list[RouteRow]] = {}
-        for row in self.routes:
-            kinds.setdefault((row.kind, row.route, row.reason), []).append(row)
-        return [
-            {
-                "kind": kind,
-                "route": route,
-                "reason": reason,
-                "tensors": len(rows),
-                "shape": _shape_of(rows),
-                "numel": sum(row.numel for row in rows),
-            }
-            for (kind, route, reason), rows in kinds.items()
-        ]
 
     def to_text(self) -> str:
         """A plain table by kind of tensor, for a terminal of 80 columns."""
@@ -304,11 +68,9 @@ class GSNRReport:
             other (`GSNRReport`): Of the run whose scales are divided by those of this one.
 
         Raises:
-            `ReportError`: One of them is of SWAN, which has no scales.
+            `ReportError`: One of them has no scales, as with SWAN.
         """
-        from .compare import compare
-
-        return compare(self, other)
+        return ReportDiff.of(self, other)
 
     def save(self, directory: str | os.PathLike[str], picture: bool = True) -> Path:
         """
@@ -335,31 +97,6 @@ class GSNRReport:
         if not self.history:
             (folder / HISTORY_PNG).unlink(missing_ok=True)
         return path
-
-    def to_json(self) -> str:
-        """The report as JSON; [`GSNRReport.from_json`] gives an equal one."""
-        content = {"schema": SCHEMA, **dataclasses.asdict(self), "tensors": [], "routes": []}
-        text = json.dumps(content, indent=1, allow_nan=False)
-        for field, rows in (("tensors", self.tensors), ("routes", self.routes)):  # one line per tensor
-            lines = ",\n  ".join(json.dumps(dataclasses.asdict(row), allow_nan=False) for row in rows)
-            text = text.replace(f'"{field}": []', f'"{field}": [\n  {lines}\n ]' if rows else f'"{field}": []', 1)
-        return text + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> GSNRReport:
-        """
-        The report that [`GSNRReport.to_json`] wrote.
-
-        Raises:
-            `ReportError`: It is not JSON, is larger than any report, has another schema, or a field is missing, of
-                another type or out of its range.
-        """
-        fields = schema.parse(text)
-        for field, row_class in (("tensors", TensorRow), ("routes", RouteRow)):
-            fields[field] = schema.rows(row_class, fields.get(field), field)
-        schema.check_history(fields.get("history"))
-        report: GSNRReport = schema.build(cls, fields)
-        return report
 
     @classmethod
     def from_pretrained(
@@ -434,130 +171,31 @@ class GSNRReport:
         """
         file = Path(path)
         file = file / REPORT_JSON if file.is_dir() else file
-        return cls.from_json(schema.read_text(file))
+        return cls.from_json(read_text(file))
 
 
-def split_name(name: str) -> tuple[str, int | None]:
+@dataclasses.dataclass(frozen=True)
+class ReportDiff(Comparison):
     """
-    Kind and layer of a parameter's name.
-
-    `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` gives `("self_attn.q_proj.lora_A", 3)`.
+    Two runs compared; `GSNRReport.diff` makes it. [`Comparison`] has the fields.
     """
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    parts = name.split(".")
-    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    rest = parts if layer is None else parts[layer + 1 :]
-    if layer is not None and not any(not part.isdigit() and part not in ("weight", "bias") for part in rest):
-        rest, layer = parts, None  # a bare nn.Sequential: the number is all there is
-    if rest[-1] == "weight" and len(rest) > 1:
-        rest = rest[:-1]
-    rest = [part for part in rest if part != "default"] or rest  # the adapter's name, where it is PEFT's default
-    if layer is None:
-        rest = rest[-2:] if rest[-1] == "bias" or rest[-1].startswith("lora_") else rest[-1:]
-    return ".".join(rest), None if layer is None else int(parts[layer])
 
+    def to_text(self) -> str:
+        """A plain table for a terminal of 80 columns, furthest apart first."""
+        from .terminal import diff_view, plain
 
-def _record_of(optimizer: Any) -> OptimizerRecord:
-    record = record_of(optimizer)
-    if record is not None:
-        return record
-    raise TypeError(
-        f"a g-SNR report needs an optimizer of hf_sai but got {type(optimizer).__name__}; pass SGDSaI or SWAN itself"
-    )
+        return plain(diff_view(self))
 
+    def plot(self, ratio: float | None = None) -> Any:
+        """
+        The scatter plot as a `matplotlib.figure.Figure`.
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+        Args:
+            ratio (`float`, *optional*): Tensors further apart than this are red.
 
+        Raises:
+            `ImportError`: matplotlib is not installed.
+        """
+        from .plots import diff_figure
 
-def _route_row(route: Route) -> RouteRow:
-    kind, layer = split_name(route.name)
-    shape = tuple(route.param.shape)
-    return RouteRow(route.name, kind, layer, shape, route.param.numel(), route.route, route.reason)
-
-
-def _shape_of(rows: Sequence[TensorRow | RouteRow]) -> str:
-    """The one that all have, or how many there are."""
-    shapes = sorted({"x".join(map(str, row.shape)) or "scalar" for row in rows})
-    return shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
-
-
-def _row(statistics: Any, peak_learning_rate: float) -> TensorRow:
-    kind, layer = split_name(statistics.name)
-    return TensorRow(
-        name=statistics.name,
-        kind=kind,
-        layer=layer,
-        shape=statistics.shape,
-        numel=statistics.numel,
-        gsnr=statistics.gsnr,
-        gsnr_over_sqrt_numel=statistics.gsnr / math.sqrt(statistics.numel) if statistics.numel else 0.0,
-        scale=statistics.scale,
-        learning_rate=peak_learning_rate * statistics.scale,
-        step=statistics.step,
-        status=statistics.status,
-    )
-
-
-def _grouped(rows: Iterable[TensorRow], field: str) -> dict[Any, list[TensorRow]]:
-    groups: dict[Any, list[TensorRow]] = {}
-    for row in rows:
-        groups.setdefault(getattr(row, field), []).append(row)
-    return groups
-
-
-def _median(values: Iterable[float]) -> float:
-    """The upper median; 0.0 of nothing."""
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else 0.0
-
-
-def scale_limits(rows: Iterable[TensorRow]) -> tuple[float, float]:
-    """Ends of a scale of colours, in which small differences are not blown up to the whole range."""
-    scales = [row.scale for row in rows if row.status != "pending"]
-    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
-    spread = math.sqrt(max(1.0, 4.0 / (high / low)))
-    return low / spread, high * spread
-
-
-def mean_scale(rows: Sequence[TensorRow]) -> float:
-    """Geometric mean over tensors that are not pending."""
-    return math.exp(sum(math.log(row.scale) for row in rows) / len(rows))
-
-
-def moved_most(drift: list[dict[str, Any]], count: int) -> list[str]:
-    """The kinds of tensors whose g-SNR is furthest from its first measurement at the end."""
-    last = drift[-1]["kinds"]
-    return sorted(last, key=lambda kind: abs(math.log(last[kind] or 1.0)), reverse=True)[:count]
-
-
-def format_bytes(count: int) -> str:
-    """`1_500_000` as `1.5 MB`."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _adamw_state_bytes(groups: Iterable[dict[str, Any]]) -> int:
-    """Bytes of AdamW's two moments for the same tensors, in the parameters' dtype as torch keeps them."""
-    return sum(
-        2 * param.numel() * param.element_size()
-        for group in groups
-        for param in group["params"]
-        if param.requires_grad
-    )
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("hf_sai", "torch", "transformers", "peft", "trl"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+        return diff_figure(self, ratio)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,48 +190,57 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _checked(value: Any, annotation: str, where: str) -> Any:
-    """The value for a field, by the annotation's text; what has no rule here was checked before."""
-    if annotation == "str" and not _is_text(value):
-        raise _wrong(where, "text", value)
-    if annotation in ("int", "int | None") and not (value is None and annotation != "int"):
-        if type(value) is not int or value < 0:
-            raise _wrong(where, "a whole number from 0", value)
-    elif annotation == "float":
-        if type(value) not in (int, float) or not 0.0 <= value <= LARGEST:
-            raise _wrong(where, f"a number from 0 to {LARGEST:g}", value)
-    elif annotation == "tuple[int, ...]":
-        sizes = value if isinstance(value, list) and len(value) <= MAX_DIMENSIONS else [None]
-        if any(type(size) is not int or size < 0 for size in sizes):
-            raise _wrong(where, f"a list of at most {MAX_DIMENSIONS} whole numbers from 0", value)
-        return tuple(value)
-    elif annotation == "list[float]":
-        if not isinstance(value, list):
-            raise _wrong(where, "a list of numbers", value)
-        for index, each in enumerate(value):
-            _checked(each, "float", f"{where}[{index}]")
-    elif annotation.startswith("dict"):
-        if not isinstance(value, dict):
-            raise _wrong(where, "a dict", value)
-        for name, each in value.items():
-            _check_plain(each, annotation == "dict[str, str]", f"{where}.{name:.80}", 1)
-    return value
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
-def _check_plain(value: Any, only_text: bool, where: str, depth: int) -> None:
-    """Text, or any plain value whose numbers are finite."""
-    if isinstance(value, list | dict) and not only_text:
-        if depth > MAX_DEPTH:
-            raise ReportError(f"{where:.80} of a g-SNR report must be nested at most {MAX_DEPTH} deep but is deeper")
-        for each in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_plain(each, False, where, depth + 1)
-    elif isinstance(value, float) and not only_text:
-        if not math.isfinite(value):
-            raise _wrong(where, "a finite number", value)
-    elif (isinstance(value, str) or only_text) and not _is_text(value):
-        raise _wrong(where, "text", value)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0.0 <= value <= LARGEST
 
 
 def _is_text(value: Any) -> bool:
     """Whether it is a string that a file or a terminal can hold: JSON may give half of a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+# By a field's annotation: what a value must be, and whether it is. What has no entry is rows, checked by [`rows`].
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("text", _is_text),
+    "int": ("a whole number from 0", _is_whole),
+    "int | None": ("a whole number from 0", lambda value: value is None or _is_whole(value)),
+    "float": (f"a number from 0 to {LARGEST:g}", _is_number),
+    "tuple[int, ...]": (
+        f"a list of at most {MAX_DIMENSIONS} whole numbers from 0",
+        lambda value: isinstance(value, list) and len(value) <= MAX_DIMENSIONS and all(map(_is_whole, value)),
+    ),
+    "list[float]": ("a list of numbers", lambda value: isinstance(value, list)),
+    "dict[str, Any]": ("a dict", lambda value: isinstance(value, dict)),
+    "dict[str, str]": ("a dict", lambda value: isinstance(value, dict)),
+}
+
+
+def _checked(value: Any, annotation: str, where: str) -> Any:
+    """The value for a field, by the annotation's text."""
+    rule, holds = _CHECKS.get(annotation, ("", lambda value: True))
+    if not holds(value):
+        raise _wrong(where, rule, value)
+    if annotation == "list[float]":
+        return [_checked(each, "float", f"{where}[{index}]") for index, each in enumerate(value)]
+    if annotation in ("dict[str, Any]", "dict[str, str]"):
+        for name, each in value.items():
+            _check_plain(each, annotation == "dict[str, str]", f"{where}.{name:.80}", 1)
+    return tuple(value) if annotation == "tuple[int, ...]" else value
+
+
+def _check_plain(value: Any, only_text: bool, where: str, depth: int) -> None:
+    """Text, or any plain value whose numbers are finite."""
+    if only_text or isinstance(value, str):
+        if not _is_text(value):
+            raise _wrong(where, "text", value)
+    elif isinstance(value, list | dict):
+        if depth > MAX_DEPTH:
+            raise ReportError(f"{where:.80} of a g-SNR report must be nested at most {MAX_DEPTH} deep but is deeper")
+        for each in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_plain(each, False, where, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise _wrong(where, "a finite number", value)

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .schema import STATUSES
+from .compare import Comparison, DiffRow
+from .data import ReportData
+from .facts import words_of
+from .rows import TensorRow, format_shape
 
-
-if TYPE_CHECKING:
-    from .compare import DiffRow, ReportDiff
-    from .report import GSNRReport, TensorRow
 
 WIDTH = 80
 STYLES = {"measured": "green", "given": "cyan", "fallback": "red", "pending": "yellow"}
 _MOST, _MANY = 5, 20
 
 
-def report_view(report: GSNRReport) -> Group:
+def report_view(report: ReportData) -> Group:
     """What [`rich.console.Console.print`] shows: options, counts, and a table by kind of tensor."""
     options = ", ".join(f"{name}={value}" for name, value in report.options.items())
     head = Text(printable(report.optimizer), style="bold")
     settings = f"  lr={report.learning_rate:g}, weight_decay={report.weight_decay:g}, {printable(options)}"
     head.append(settings, style="not bold")
     state = Text(f"state {report.state_bytes:,} bytes (AdamW: {report.adamw_state_bytes:,})")
-    return Group(head, _counts(report), state, "", *(_routes(report) if report.routes else _scales(report)))
+    return Group(head, _counts(report), state, "", _first_table(report), *_range(report), *_largest(report.settled))
 
 
 def show(view: Any, console: Console | None = None) -> None:
@@ -44,8 +43,8 @@ def plain(view: Any) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
-def plain_text(report: GSNRReport) -> str:
-    """The report as text; see [`GSNRReport.to_text`]."""
+def plain_text(report: ReportData) -> str:
+    """The report as text."""
     return plain(report_view(report))
 
 
@@ -73,42 +72,27 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _counts(report: GSNRReport) -> Text:
-    counts = report.summary()
-    if report.routes:
-        whitened = f"{counts['whitened']:.0f} whitened ({counts['whitened_share']:.1%} of the elements)"
-        return Text(f"{len(report.routes)} tensors: {whitened}, {counts['adam']:.0f} to Adam")
-    states = [Text(f"{int(counts[s])} {s}", style=STYLES[s]) for s in STATUSES if counts[s]]
-    return Text(f"{len(report.tensors)} tensors: ").append_text(Text(", ").join(states))
+def _counts(report: ReportData) -> Text:
+    counts = [Text(text, style=STYLES.get(status, "")) for text, status in words_of(report).counts(report)]
+    return Text(f"{len(report.rows)} tensors: ").append_text(Text(", ").join(counts))
 
 
-def _routes(report: GSNRReport) -> list[Any]:
-    rows = table(("tensors", 32), ("no.", -4), ("shape", -12), ("route", 29))
-    for entry in report.by_route():
-        route = Text(printable(f"{entry['route']}: {entry['reason']}"), overflow="ellipsis")
-        rows.add_row(cut(entry["kind"], 32), str(entry["tensors"]), entry["shape"], route)
-    return [rows]
+def _first_table(report: ReportData) -> Table:
+    """By kind of tensor; where there is no number yet, the status stands at the end of the line."""
+    words = words_of(report)
+    first = words.tables(report)[0]
+    shown = table(*((title, width) for _, title, width in words.layout))
+    for texts in first.rows:
+        row = dict(zip(first.columns, texts, strict=True))
+        name, *cells = (row[column] or "-" for column, _, _ in words.layout)
+        last = Text(printable(cells.pop()), overflow="ellipsis")
+        if last.plain == "-":
+            last = Text(row.get("status", "-"), style=STYLES["pending"], overflow="ellipsis")
+        shown.add_row(cut(name, words.layout[0][2]), *cells, last)
+    return shown
 
 
-def _scales(report: GSNRReport) -> list[Any]:
-    rows = table(("tensors", 34), ("no.", -4), ("shape", -12), ("scale", -9), ("/sqrt(n)", -8), ("step", -8))
-    for entry in report.by_kind():
-        steps = Text(
-            ",".join(map(str, entry["steps"])) or "pending", style="" if entry["steps"] else STYLES["pending"]
-        )
-        rows.add_row(
-            cut(entry["kind"], 34),
-            str(entry["tensors"]),
-            entry["shape"],
-            f"{entry['scale']:.4g}" if entry["steps"] else "-",
-            f"{entry['ratio']:.3f}" if entry["steps"] else "-",
-            steps,
-        )
-    settled = [row for row in report.tensors if row.status != "pending"]
-    return [rows, *_range(report), *_largest(settled)]
-
-
-def _range(report: GSNRReport) -> list[Any]:
+def _range(report: ReportData) -> list[Any]:
     span = report.learning_rate_range(report.tensors)
     if span is None:
         return []
@@ -126,7 +110,7 @@ def _largest(settled: list[TensorRow]) -> list[Any]:
     return ["", rows]
 
 
-def diff_view(diff: ReportDiff, ratio: float | None = None) -> Group:
+def diff_view(diff: Comparison, ratio: float | None = None) -> Group:
     """A comparison: what one run lacks, then the tensors that are furthest apart."""
     parts: list[Any] = [Text(diff.headline(), style="bold"), *(Text(printable(note)) for note in diff.notes)]
     lacking = [row for row in diff.rows if row.missing or row.reshaped]
@@ -151,7 +135,7 @@ def diff_view(diff: ReportDiff, ratio: float | None = None) -> Group:
 def _lack(row: DiffRow) -> str:
     if row.missing or row.first is None or row.second is None:
         return row.missing
-    shapes = ["x".join(map(str, side.shape)) for side in (row.first, row.second)]
+    shapes = [format_shape(side.shape) for side in (row.first, row.second)]
     return " -> ".join(shapes)
 
 

@@ -1,0 +1,178 @@
+"""The rows of a report, one per tensor, and what is computed of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+
+Row = TypeVar("Row", bound="TensorRow | RouteRow")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRow:
+    """
+    One tensor of the report.
+
+    Args:
+        name (`str`): The parameter's name in the model.
+        kind (`str`): The module's role without the layer number, such as `self_attn.q_proj.lora_A`.
+        layer (`int` or `None`): Number of the block that it stands in; `None` outside the blocks.
+        shape (`tuple[int, ...]`): Shape.
+        numel (`int`): Number of elements.
+        gsnr (`float`): As measured; `sqrt(numel)` for a fallback; 0.0 while pending.
+        gsnr_over_sqrt_numel (`float`): What the gradient adds to the tensor's size: 1.0 for a gradient of zero mean.
+        scale (`float`): What the learning rate is multiplied by.
+        learning_rate (`float`): Peak learning rate of its group times `scale`.
+        step (`int`): Optimizer step of its first informative gradient, from 1; 0 while pending.
+        status (`str`): `"measured"`, `"fallback"`, `"given"` or `"pending"`.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    numel: int
+    gsnr: float
+    gsnr_over_sqrt_numel: float
+    scale: float
+    learning_rate: float
+    step: int
+    status: str
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has a scale: it is not pending."""
+        return self.status != "pending"
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteRow:
+    """
+    Where SWAN took one tensor, or what group of another optimizer it is in.
+
+    Args:
+        name (`str`): The parameter's name in the model.
+        kind (`str`): As in [`TensorRow`].
+        layer (`int` or `None`): As in [`TensorRow`].
+        shape (`tuple[int, ...]`): Shape.
+        numel (`int`): Number of elements.
+        route (`str`): `"adam"`, or how it was read as matrices and whitened: `"matrix"`, `"matrix, transposed"`, ...;
+            else the number of the group, such as `"group 0"`.
+        reason (`str`): Why; else the group's options.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    numel: int
+    route: str
+    reason: str
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """
+    Kind and layer of a parameter's name.
+
+    `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` gives `("self_attn.q_proj.lora_A", 3)`.
+    """
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    parts = name.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    rest = parts if layer is None else parts[layer + 1 :]
+    if layer is not None and not any(not part.isdigit() and part not in ("weight", "bias") for part in rest):
+        rest, layer = parts, None  # a bare nn.Sequential: the number is all there is
+    if rest[-1] == "weight" and len(rest) > 1:
+        rest = rest[:-1]
+    rest = [part for part in rest if part != "default"] or rest  # the adapter's name, where it is PEFT's default
+    if layer is None:
+        rest = rest[-2:] if rest[-1] == "bias" or rest[-1].startswith("lora_") else rest[-1:]
+    return ".".join(rest), None if layer is None else int(parts[layer])
+
+
+def tensor_row(statistics: Any, peak_learning_rate: float) -> TensorRow:
+    """From what `gsnr_statistics()` says of a tensor, and its group's learning rate."""
+    kind, layer = split_name(statistics.name)
+    return TensorRow(
+        name=statistics.name,
+        kind=kind,
+        layer=layer,
+        shape=statistics.shape,
+        numel=statistics.numel,
+        gsnr=statistics.gsnr,
+        gsnr_over_sqrt_numel=statistics.gsnr / math.sqrt(statistics.numel) if statistics.numel else 0.0,
+        scale=statistics.scale,
+        learning_rate=peak_learning_rate * statistics.scale,
+        step=statistics.step,
+        status=statistics.status,
+    )
+
+
+def route_row(name: str, param: Tensor, route: str, reason: str) -> RouteRow:
+    """From a parameter and what is to be said of it."""
+    kind, layer = split_name(name)
+    return RouteRow(name, kind, layer, tuple(param.shape), param.numel(), route, reason)
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    """`(4, 6)` as `4x6`."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def layers_of(rows: Iterable[TensorRow | RouteRow]) -> list[int | None]:
+    """The layers that occur, in order; what stands outside the blocks, `None`, is first."""
+    return sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
+
+
+def cells_of(rows: Iterable[Row]) -> dict[tuple[str, int | None], list[Row]]:
+    """The rows by kind and layer; several where an adapter has more than one matrix of a kind."""
+    cells: dict[tuple[str, int | None], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row.kind, row.layer), []).append(row)
+    return cells
+
+
+def shape_of(rows: Sequence[TensorRow | RouteRow]) -> str:
+    """The one that all have, or how many there are."""
+    shapes = sorted({format_shape(row.shape) for row in rows})
+    return shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+
+def grouped(rows: Iterable[TensorRow], field: str) -> dict[Any, list[TensorRow]]:
+    """The rows by one of their fields, in the order of their first."""
+    groups: dict[Any, list[TensorRow]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, field), []).append(row)
+    return groups
+
+
+def median(values: Iterable[float]) -> float:
+    """The upper median; 0.0 of nothing."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else 0.0
+
+
+def scale_limits(rows: Iterable[TensorRow]) -> tuple[float, float]:
+    """Ends of a scale of colours, in which small differences are not blown up to the whole range."""
+    scales = [row.scale for row in rows if row.settled]
+    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
+    spread = math.sqrt(max(1.0, 4.0 / (high / low)))
+    return low / spread, high * spread
+
+
+def mean_scale(rows: Sequence[TensorRow]) -> float:
+    """Geometric mean over tensors that are not pending."""
+    return math.exp(sum(math.log(row.scale) for row in rows) / len(rows))
+
+
+def moved_most(drift: list[dict[str, Any]], count: int) -> list[str]:
+    """The kinds of tensors whose g-SNR is furthest from its first measurement at the end."""
+    last = drift[-1]["kinds"]
+    return sorted(last, key=lambda kind: abs(math.log(last[kind] or 1.0)), reverse=True)[:count]
