@@ -113,6 +113,7 @@ def test_imports_go_down_and_never_round():
     assert set(imports("hf_sai.report.data", known["hf_sai.report.data"], known)) == {
         "hf_sai.optim.registry",
         "hf_sai.optim.routing",
+        "hf_sai.optim.tensors",
         "hf_sai.report.rows",
         "hf_sai.report.schema",
     }

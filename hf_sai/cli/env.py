@@ -7,8 +7,6 @@ import platform
 
 import typer
 
-from .. import __version__
-
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "diffusers", "huggingface_hub", "deepspeed")
 
@@ -30,7 +28,7 @@ def environment() -> dict[str, str]:
     import torch
 
     return {
-        "hf_sai": __version__,
+        "hf_sai": _version("hf_sai"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         **{name: _version(name) for name in PACKAGES},
