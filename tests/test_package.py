@@ -118,6 +118,8 @@ def test_versions_are_in_step():
 def test_no_path_of_one_machine_and_no_token():
     import re
 
+    if not (ROOT / ".git").exists():
+        pytest.skip("outside git nobody says which files are ours")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     pattern = re.compile(r"/(home|Users)/[a-z]+/|hf_[A-Za-z0-9]{30,}")
     texts = {f: (ROOT / f).read_text(errors="ignore") for f in files if (ROOT / f).is_file()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 
-from hf_sai.optim import OptionError, SGDSaI, get_record, list_records, parse_options
+from hf_sai.optim import OptionError, get_record, list_records, parse_options
 
 
 def test_every_option_is_an_argument_of_its_class_and_every_argument_an_option():
@@ -77,7 +78,20 @@ def test_unknown_names_list_the_known_ones():
         parse_options(get_record("sgd_sai"), {"betas": "1"})
 
 
-def test_record_of_sgd_sai():
-    record = get_record("sgd_sai")
-    assert record.cls is SGDSaI
-    assert record.default("momentum") == 0.9
+@pytest.mark.parametrize("record", list_records(), ids=lambda record: record.name)
+def test_defaults_are_what_an_optimizer_is_made_with(record):
+    group = record.cls([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]
+    shown = {option.name for option in record.options if not option.routing and option.name in group}
+    assert {"momentum", "eps", "maximize"} <= shown
+    assert {name: record.default(name) for name in shown} == {name: group[name] for name in shown}
+
+
+def test_defaults_are_the_papers():
+    """Momentum and decay of arXiv 2412.11768, Algorithm 1; betas and eps of Adam where SWAN hands tensors to it."""
+    sgd_sai, swan = get_record("sgd_sai"), get_record("swan")
+    assert {name: sgd_sai.default(name) for name in ("momentum", "weight_decay", "eps", "measure_steps")} == {
+        "momentum": 0.9, "weight_decay": 1e-2, "eps": 1e-8, "measure_steps": 1
+    }  # fmt: skip
+    assert {name: swan.default(name) for name in ("betas", "eps", "momentum", "weight_decay")} == {
+        "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.0, "weight_decay": 0.0
+    }  # fmt: skip
