@@ -1,9 +1,8 @@
 """
 A Hub on the loopback interface: enough of its HTTP API for the real client, with faults on request.
 
-The answers have the form that huggingface_hub 2.4.0 reads (constraints.txt), and are written from the client's code, not
-recorded from the Hub. `make test-oldest` runs the same tests with the client that transformers 5.2 takes (1.3 or later,
-below 2). A client that asks for a path which is not here gets a 404, and the path is in `Hub.requests`.
+Its answers follow what huggingface_hub 2.4.0 sends and reads (constraints.txt); `make test-oldest` puts the same tests
+through the client that transformers 5.2 takes. They are no recordings: where the real Hub differs, this file is wrong.
 """
 
 from __future__ import annotations
