@@ -174,6 +174,7 @@ def browse(folder, text, *options):
     return done.stdout.decode()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_2000_tensors_are_sorted_filtered_and_drawn_by_a_browser(tmp_path):
     rng = random.Random(0)
@@ -212,6 +213,7 @@ def test_2000_tensors_are_sorted_filtered_and_drawn_by_a_browser(tmp_path):
     assert page.all("circle")[0]["data-tip"].startswith(f"layers.0.kind_0.weight: scale {rows[0].scale:.4g}, ")
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("scheme", "back"), [("1", "#ffffff"), ("0", "#0f1419")])
 def test_a_screenshot_shows_table_and_pictures(scheme, back, small, tmp_path):
