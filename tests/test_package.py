@@ -222,3 +222,14 @@ def test_no_path_of_one_machine_and_no_token():
     pattern = re.compile(r"/(home|Users)/[a-z]+/|hf_[A-Za-z0-9]{30,}")
     texts = {f: (ROOT / f).read_text(errors="ignore") for f in files if (ROOT / f).is_file()}
     assert [f for f, text in texts.items() if pattern.search(text) and f != "tests/test_card.py"] == []
+
+
+@pytest.mark.parametrize("beside", ["{}", "é{}é", "x={},", "hf_oauth_{}"])
+def test_one_pattern_finds_a_token_in_text_and_bytes(beside):
+    from trainer_patches.tokens import TOKEN, TOKEN_BYTES
+
+    token = "a1" * 17
+    text = beside.format(token if "oauth" in beside else f"hf_{token}")
+    assert TOKEN.search(text).group().endswith(token)
+    assert TOKEN_BYTES.search(text.encode()).group().endswith(token.encode())
+    assert TOKEN.search(text.replace(token, token[:29])) is None
