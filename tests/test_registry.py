@@ -165,6 +165,8 @@ def test_one_record_is_a_choice_everywhere_and_goes_again(tmp_path):
         arguments(tmp_path, optim="dummy")
     with pytest.raises(OptionError, match="'dummy' is not an optimizer of hf_sai"):
         unregister_record("dummy")
+
+
 @pytest.mark.parametrize("record", list_records(), ids=lambda record: record.name)
 def test_defaults_are_what_an_optimizer_is_made_with(record):
     group = record.cls([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]
