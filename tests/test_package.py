@@ -232,4 +232,19 @@ def test_no_test_file_imports_another():
     files = sorted((ROOT / "tests").glob("test_*.py"))
     assert len(files) > 40
     names = {path.stem for path in files}
-    assert [(path.name, target) for path in files for target in imports(path) if target.split(".")[0] in names] == []
+    nodes = [(path.name, node) for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    targets = [(file, alias.name) for file, node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    targets += [(file, node.module or "") for file, node in nodes if isinstance(node, ast.ImportFrom)]
+    assert len(targets) > 200
+    assert [(file, target) for file, target in targets if target.split(".")[0] in names] == []
+
+
+@pytest.mark.parametrize("beside", ["{}", "é{}é", "x={},", "hf_oauth_{}"])
+def test_one_pattern_finds_a_token_in_text_and_bytes(beside):
+    from trainer_patches.tokens import TOKEN, TOKEN_BYTES
+
+    token = "a1" * 17
+    text = beside.format(token if "oauth" in beside else f"hf_{token}")
+    assert TOKEN.search(text).group().endswith(token)
+    assert TOKEN_BYTES.search(text.encode()).group().endswith(token.encode())
+    assert TOKEN.search(text.replace(token, token[:29])) is None

@@ -7,7 +7,8 @@ import inspect
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, token_blocks
+from support.models import tiny_llama, token_blocks
+from support.trainers import arguments
 from transformers import Trainer
 
 import hf_sai
