@@ -19,7 +19,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SaIConfig
 from .keeper import FILES, ReportKeeper
-from .live import assert_optimizer, check_sharded, count_measurements, name_parameters, unwrap_optimizer
+from .live import (
+    begin_training,
+    check_sharded,
+    count_measurements,
+    name_parameters,
+    optim_name,
+    unwrap_optimizer,
+)
 from .optim.measure import measure_gsnr
 from .optim.registry import OptionError, list_records, record_of
 from .report import GSNRReport, ReportError, thinned
@@ -81,9 +88,8 @@ class GSNRCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks the optimizer and the learning rate before the first step."""
-        names = {record.name for record in list_records()}
-        if optim_name(args) in names:
-            assert_optimizer(kwargs.get("optimizer"), optim_name(args))
+        begin_training(args, kwargs.get("model"), kwargs.get("optimizer"))
+        if optim_name(args) in {record.name for record in list_records()}:
             warn_if_learning_rate_is_adams(args)
         self._keeper.clear()
         self._tracked = None
@@ -268,11 +274,6 @@ def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
         record.name,
         record.learning_rate_hint,
     )
-
-
-def optim_name(args: TrainingArguments) -> str:
-    """`args.optim` as text, whether it is a member of the host's enum or a string (an unpickled one is)."""
-    return str(getattr(args.optim, "value", args.optim))
 
 
 def _run_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -7,16 +7,29 @@ The gradients of the whole model never stand in memory at once. It is still one 
 
 from __future__ import annotations
 
+import logging
+import sys
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.variable import Variable
 
-from .gsnr import gradient_moments
+from .clip_guard import guard
+from .gsnr import GradientMoments, gradient_moments, gradient_snr
 from .sgd_sai import SGDSaI
 from .swan import SWAN
-from .tensors import is_sharded
+from .tensors import gradient_of, is_sharded
+
+
+logger = logging.getLogger(__name__)
+
+# Runs the backward of a torch.autograd.Function that is written in Python.
+_PYTHON_BACKWARD = {
+    getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed") if hasattr(BackwardCFunction, name)
+}
 
 
 class LayerwiseMixin:
@@ -27,48 +40,93 @@ class LayerwiseMixin:
     The latter updates one parameter from its gradient and says whether it did; where it did not, the gradient stays
     for `step()`. Call `step()` after every backward pass as usual.
 
+    The hooks are there from construction to [`~LayerwiseMixin.detach`], which the Trainer's end calls too: from then
+    on a backward pass leaves gradients and moves nothing, and `step()` is the ordinary optimizer's.
+
+    A pass that ends with an error leaves nothing behind but the updates it has made, so that a loop may try again.
+    Likewise `zero_grad()` instead of `step()` ends a pass.
+
     What needs all gradients at once can't work with it, and is refused where it can be seen: gradient accumulation,
-    more than one process, sharded parameters, a `GradScaler`. Clipping can't be seen from here: there is nothing left
-    to clip. The Trainer's settings are checked before the first step.
+    clipping, more than one process, sharded parameters, a `GradScaler`. The Trainer's settings are checked before the
+    first step.
+
+    A parameter whose gradient may come in several parts, as within `torch.utils.checkpoint` with `use_reentrant=True`,
+    is updated by `step()`, and one warning says so.
     """
 
     param_groups: list[dict[str, Any]]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self._attach()
+        if self.__dict__.get("_is_attached", True):
+            self.attach()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the ordinary optimizer's."""
         super().add_param_group(param_group)  # type: ignore[misc]
-        self._attach()
+        if self.__dict__.get("_is_attached", True):
+            self.attach()
 
-    def _attach(self) -> None:
-        """Hooks every trainable parameter once; a frozen one is updated by `step()` if it is unfrozen later."""
-        handles: list[Any] = self.__dict__.setdefault("_handles", [])
-        while handles:
-            handles.pop().remove()
+    def attach(self) -> None:
+        """
+        Hooks every trainable parameter once; a frozen one is updated by `step()` if it is unfrozen later.
+
+        Called by the constructor, and by the Trainer when a training begins; to be called again after
+        [`~LayerwiseMixin.detach`].
+        """
+        self.detach()
+        self._is_attached = True
         self._places: dict[Tensor, tuple[int, int]] = {}
-        self._updated: set[Tensor] = set()
         # A weak reference: parameters outlive optimizers, and would keep this one (and its state) alive.
         hook = _Hook(weakref.ref(self))
         for group_index, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
                 self._places[param] = (group_index, index)
                 if param.requires_grad:
-                    handles.append(param.register_post_accumulate_grad_hook(hook))
+                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
+        guard(self)
+
+    def detach(self) -> None:
+        """Takes the hooks off the parameters: from now on backward passes leave gradients, and move nothing."""
+        self._handles: list[Any] = self.__dict__.get("_handles", [])
+        while self._handles:
+            self._handles.pop().remove()
+        self._is_attached = False
+        self._updated: dict[Tensor, _Pass] = {}  # since the last step(), with the pass that did it
+        self._passes: dict[int, _Pass] = {}  # those that run, by autograd's number
+
+    def has_used(self, param: Tensor) -> bool:
+        """Whether a backward pass has updated a parameter, and the step that it belongs to has not ended."""
+        return param in self._updated
 
     @torch.no_grad()
     def _on_gradient(self, param: Tensor) -> None:
+        current = self._current_pass()
         self._refuse(param)
+        if current.is_nested:
+            self._warn_once_of_parts()
+            return
         if self._update_in_backward(*self._places[param], param):  # type: ignore[attr-defined]
-            self._updated.add(param)
+            self._updated[param] = current
             param.grad = None
+
+    def _current_pass(self) -> _Pass:
+        number = torch._C._current_graph_task_id()
+        if number not in self._passes:
+            self._passes = {key: each for key, each in self._passes.items() if each.is_running}
+            self._passes[number] = _Pass()
+        return self._passes[number]
 
     def _refuse(self, param: Tensor) -> None:
         """Raises `RuntimeError` for what needs all gradients at once."""
         name = type(self).__name__
-        if param in self._updated:
+        if param.grad is None:
+            raise RuntimeError(
+                f"{name} updates in the backward pass, but somebody else has taken this gradient, such as another "
+                "layer-wise optimizer of the same parameters; call its detach() first"
+            )
+        earlier = self._updated.get(param)
+        if earlier is not None and not earlier.has_failed:
             raise RuntimeError(
                 f"{name} updates in the backward pass, so one pass has to be one step, but a second one came before "
                 "step(); set gradient_accumulation_steps=1, or use the optimizer that is not layer-wise"
@@ -82,14 +140,31 @@ class LayerwiseMixin:
                 "use the optimizer that is not layer-wise"
             )
 
+    def _warn_once_of_parts(self) -> None:
+        if not self.__dict__.get("_warned_of_parts"):
+            self._warned_of_parts = True
+            logger.warning(
+                "%s: activation checkpointing with use_reentrant=True hands out gradients in parts, which wait for "
+                "step() and need the memory of the ordinary optimizer; set use_reentrant=False.",
+                type(self).__name__,
+            )
+
     def _advance(self) -> None:
         """Ends the step: counts it, and updates what is left, which is what the backward pass could not."""
-        if getattr(self, "grad_scale", None) is not None:
+        # GradScaler.step() sets both for the time of the call. After unscale_() grad_scale is None, but that found no
+        # gradients to divide.
+        scaled = [self.__dict__.pop(name, None) is not None for name in ("grad_scale", "found_inf")]
+        if any(scaled):
             raise RuntimeError(
                 f"{type(self).__name__} updates in the backward pass, with gradients that a GradScaler has "
                 "multiplied; train in bf16 or float32, or use the optimizer that is not layer-wise"
             )
         super()._advance()  # type: ignore[misc]
+        self._updated.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the ordinary optimizer's. In the place of `step()` it ends a pass whose loss was not wanted."""
+        super().zero_grad(set_to_none)  # type: ignore[misc]
         self._updated.clear()
 
     # GradScaler then hands its scale on instead of failing with a message about "inf checks".
@@ -106,6 +181,35 @@ class _Hook:
         optimizer = self.optimizer()
         if optimizer is not None:
             optimizer._on_gradient(param)
+
+
+class _Pass:
+    """
+    The backward pass that runs now: whether it runs within another, and what became of it.
+
+    Autograd calls `finish` at its end. Where it fails it forgets that, and nobody else holds it.
+    """
+
+    def __init__(self) -> None:
+        self.is_complete = False
+
+        def finish() -> None:
+            self.is_complete = True
+
+        self._finish = weakref.ref(finish)
+        Variable._execution_engine.queue_callback(finish)
+        frame: Any = sys._getframe()
+        while frame is not None and frame.f_code not in _PYTHON_BACKWARD:
+            frame = frame.f_back
+        self.is_nested = frame is not None
+
+    @property
+    def is_running(self) -> bool:
+        return not self.is_complete and self._finish() is not None
+
+    @property
+    def has_failed(self) -> bool:
+        return not self.is_complete and self._finish() is None
 
 
 class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
