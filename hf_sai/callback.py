@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,8 +24,8 @@ from .live import (
     optim_name,
     unwrap_optimizer,
 )
-from .optim.measure import measure_gsnr
-from .optim.registry import OptionError, list_records, record_of
+from .optim.registry import list_records, record_of
+from .premeasure import premeasure
 from .report import GSNRReport, ReportError, thinned
 
 
@@ -108,7 +105,7 @@ class GSNRCallback(TrainerCallback):
             self._keeper.report = report
             self._write_news(args, state)
         elif self.config.gsnr_premeasure_batches:
-            premeasure(live, kwargs["model"], kwargs["train_dataloader"], self.config.gsnr_premeasure_batches, args)
+            premeasure(live, self.trainer, kwargs["train_dataloader"], self.config.gsnr_premeasure_batches)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -220,41 +217,6 @@ def _with_earlier_facts(report: GSNRReport, folder: str | os.PathLike[str] | Non
         return report
     history = [entry for entry in before.history if entry["step"] <= step]
     return dataclasses.replace(report, run=before.run, history=history)
-
-
-def premeasure(optimizer: Any, model: Any, batches: Iterable[Any], count: int, args: TrainingArguments) -> None:
-    """
-    Gives the optimizer scales from batches before its first step; the training then sees the same random numbers.
-
-    Args:
-        optimizer (`SGDSaI`): Without a wrapper, before its first step.
-        model (`torch.nn.Module`): As it is trained.
-        batches (iterable): The training data.
-        count (`int`): How many batches.
-        args (`transformers.TrainingArguments`): For the number of processes.
-
-    Raises:
-        `OptionError`: There are several processes, or the optimizer measures nothing.
-    """
-    if not hasattr(optimizer, "take_scales"):
-        raise OptionError(
-            f"gsnr_premeasure_batches needs an optimizer that measures g-SNR, but {type(optimizer).__name__} runs; "
-            "set it to 0"
-        )
-    if args.world_size > 1:
-        raise OptionError(
-            f"gsnr_premeasure_batches works in one process, but there are {args.world_size}; set "
-            "optim_args='measure_steps=...' instead, which averages over all of them"
-        )
-    state = torch.get_rng_state()
-    training = model.training
-    model.train()
-    device = next(model.parameters()).device
-    first = itertools.islice(batches, count)
-    rows = measure_gsnr(model, ({key: value.to(device) for key, value in batch.items()} for batch in first))
-    model.train(training)
-    optimizer.take_scales(rows)
-    torch.set_rng_state(state)
 
 
 def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:

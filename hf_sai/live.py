@@ -119,7 +119,7 @@ def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
             "instead, which does so"
         )
     logger.warning(
-        "%s does not train %s. Where that is meant, freeze them by requires_grad_(False): their gradients cost memory.",
+        "%s does not train %s. Where that is meant, freeze them by requires_grad_(False): gradients cost memory.",
         live,
         lacks,
     )

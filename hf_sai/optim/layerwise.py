@@ -18,10 +18,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.variable import Variable
 
 from .clip_guard import guard
-from .gsnr import GradientMoments, gradient_moments, gradient_snr
+from .gsnr import gradient_moments
 from .sgd_sai import SGDSaI
 from .swan import SWAN
-from .tensors import gradient_of, is_sharded
+from .tensors import is_sharded
 
 
 logger = logging.getLogger(__name__)
