@@ -8,9 +8,10 @@ torch says nothing then, and the step was made without clipping.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,12 +40,15 @@ def guard(optimizer: Any) -> None:
 
 
 def _asking(clip: Callable[..., Any]) -> Any:
+    signature = inspect.signature(clip)
+
     @functools.wraps(clip)
-    def asked(parameters: Tensor | Iterable[Tensor], bound: float, *args: Any, **kwargs: Any) -> Any:
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        parameters, bound, *rest = signature.bind(*args, **kwargs).args
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if math.isfinite(bound):  # the Trainer asks for the norm by a bound of infinity
             _refuse_late(parameters)
-        return clip(parameters, bound, *args, **kwargs)
+        return clip(parameters, bound, *rest)
 
     asked._asks_first = True  # type: ignore[attr-defined]
     return asked
