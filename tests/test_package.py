@@ -40,6 +40,7 @@ FLOORS = {
     "hf_sai.integration": 3,
     "hf_sai.live": 3,
     "hf_sai.memory": 3,
+    "hf_sai.premeasure": 4,
     "hf_sai.hub": 4,
     "hf_sai.keeper": 4,
     "hf_sai.callback": 5,
