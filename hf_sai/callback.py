@@ -107,14 +107,25 @@ class GSNRCallback(TrainerCallback):
         elif self.config.gsnr_premeasure_batches:
             premeasure(live, self.trainer, kwargs["train_dataloader"], self.config.gsnr_premeasure_batches)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Layer-wise updates are told before the backward pass, which frees the gradients, to measure them."""
+        live = unwrap_optimizer(kwargs.get("optimizer"))
+        if self._is_tracked(state.global_step + 1) and hasattr(live, "measure_next_pass"):
+            live.measure_next_pass()
+
+    def _is_tracked(self, step: int) -> bool:
+        every = self.config.gsnr_track_steps
+        return every > 0 and step % every == 0
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measures g-SNR anew where it is tracked; the gradients are those that the update will use."""
         step = state.global_step + 1
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        every = self.config.gsnr_track_steps
-        if every and step % every == 0 and hasattr(live, "measure_now"):
+        if self._is_tracked(step) and hasattr(live, "measure_now"):
             self._tracked = {"step": step, "gsnr": live.measure_now()}
 
     def on_step_end(
@@ -132,7 +143,9 @@ class GSNRCallback(TrainerCallback):
         if tracked is not None and self.report is not None:
             history = thinned([*self.report.history, tracked])
             self._keeper.report = report = dataclasses.replace(self.report, history=history)
-            self._log(state, {"gsnr/ratio_to_first_median": report.drift()[-1]["median"]})
+            drift = report.drift()
+            if drift and drift[-1]["step"] == tracked["step"]:
+                self._log(state, {"gsnr/ratio_to_first_median": drift[-1]["median"]})
 
     def _read(self, args: TrainingArguments, state: TrainerState, live: Any, scheduler: Any) -> GSNRReport:
         return self._keeper.read(live, _run_facts(args, state), schedule_range(scheduler, state.max_steps))

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback
 
-from hf_sai import SWAN, GSNRReport, SaITrainer, SGDSaI
+from hf_sai import SWAN, GSNRReport, SaIConfig, SaITrainer, SGDSaI
 from hf_sai.optim import SGDSaILayerwise, SWANLayerwise
 
 
@@ -502,3 +502,83 @@ def test_a_second_optimizer_on_the_same_parameters_is_an_error():
     model(X).backward()
     second.step()
     assert [row.step for row in second.gsnr_statistics()] == [1, 1]
+
+
+# ---- What is measured, counted and said ----
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "max"}, {"measure_steps": 2}])
+def test_a_look_at_gsnr_says_what_the_ordinary_optimizer_says(options):
+    ordinary, layerwise = tiny_llama(), tiny_llama()
+    first = SGDSaI(ordinary.named_parameters(), lr=0.02, **options)
+    second = SGDSaILayerwise(layerwise.named_parameters(), lr=0.02, **options)
+    for step, tokens in enumerate(batches(4)):
+        if step % 2:
+            second.measure_next_pass()
+        for model in (ordinary, layerwise):
+            model(tokens, labels=tokens).loss.backward()
+        expected, found = first.measure_now(), second.measure_now()
+        if step % 2:
+            assert list(found) == list(expected)
+            assert found == pytest.approx(expected, rel=1e-5)
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert second.measure_now() == {}
+
+
+def test_a_trainers_report_says_what_the_ordinary_one_says(tmp_path):
+    """With the drift, the steps and the scalars; but for the optimizer's name and its memory."""
+    reports, logs = [], []
+    for name in ("sgd_sai", "sgd_sai_layerwise"):
+        args = arguments(tmp_path / name, optim=name, max_grad_norm=0)
+        config = SaIConfig(gsnr_track_steps=2)
+        trainer = SaITrainer(tiny_llama(), args, train_dataset=token_blocks(), sai_config=config)
+        trainer.train()
+        reports.append(GSNRReport.load(tmp_path / name))
+        kept = [{k: v for k, v in entry.items() if k.startswith("gsnr/")} for entry in trainer.state.log_history]
+        logs.append([entry for entry in kept if entry])
+    assert [entry["step"] for entry in reports[0].history] == [entry["step"] for entry in reports[1].history]
+    for one, other in zip(*(report.history for report in reports), strict=True):
+        assert one["gsnr"] == pytest.approx(other["gsnr"], rel=1e-4)
+        assert len(one["gsnr"]) == 21
+    assert reports[0].tensors == reports[1].tensors
+    assert reports[0].run == reports[1].run
+    assert [list(entry) for entry in logs[0]] == [list(entry) for entry in logs[1]]
+    assert len(logs[0]) == 4
+
+
+@pytest.mark.parametrize(("ordinary", "layerwise"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_warnings_are_those_of_the_ordinary_optimizer(ordinary, layerwise, dtype, caplog):
+    """Once for all tensors: of gradients that are not finite, of bf16 that stays."""
+    said = []
+    for cls in (ordinary, layerwise):
+        caplog.clear()
+        model = Square().to(dtype)
+        optimizer = cls(model.named_parameters(), lr=1e-7)
+        for factor in (float("nan"), 1.0):
+            (model(X.to(dtype)) * factor).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        said.append([record.getMessage().replace(cls.__name__, "") for record in caplog.records])
+    assert said[0] == said[1]
+    assert len(said[0]) == 1 + (ordinary is SGDSaI and dtype == torch.bfloat16)
+    assert "first.weight, second.weight" in said[0][0]
+
+
+@pytest.mark.parametrize("cls", [SGDSaI, SGDSaILayerwise])
+def test_steps_are_counted_as_those_count_who_call_step(cls):
+    """Three steps without a gradient, or with a gradient of zero: the fourth is the fourth."""
+    for gradient in (None, 0.0, float("nan")):
+        model = Square()
+        optimizer = cls(model.named_parameters(), lr=0.01)
+        for _ in range(3):
+            if gradient is not None:
+                (model(X) * gradient).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model(X).backward()
+        optimizer.step()
+        assert [row.step for row in optimizer.gsnr_statistics()] == [4, 4]
+        assert [group["step"] for group in optimizer.param_groups] == [4]

@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.variable import Variable
 
 from .clip_guard import guard
-from .gsnr import gradient_moments
+from .gsnr import GradientMoments, gradient_moments
 from .sgd_sai import SGDSaI
 from .swan import SWAN
 from .tensors import is_sharded
@@ -88,10 +88,13 @@ class LayerwiseMixin:
 
     def detach(self) -> None:
         """Takes the hooks off the parameters: from now on backward passes leave gradients, and move nothing."""
+        self._begin_anew()
         self._handles: list[Any] = self.__dict__.get("_handles", [])
         while self._handles:
             self._handles.pop().remove()
         self._is_attached = False
+
+    def _begin_anew(self) -> None:
         self._updated: dict[Tensor, _Pass] = {}  # since the last step(), with the pass that did it
         self._passes: dict[int, _Pass] = {}  # those that run, by autograd's number
 
@@ -162,10 +165,18 @@ class LayerwiseMixin:
         super()._advance()  # type: ignore[misc]
         self._updated.clear()
 
+    def _any_gradient(self) -> bool:
+        return bool(self._updated) or super()._any_gradient()  # type: ignore[misc]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the ordinary optimizer's. In the place of `step()` it ends a pass whose loss was not wanted."""
         super().zero_grad(set_to_none)  # type: ignore[misc]
         self._updated.clear()
+
+    def _in_order(self, names: list[str]) -> list[str]:
+        """In that of the groups, and not of the backward pass."""
+        own: Any = self
+        return [name for group, index, _ in own._params() if (name := own._name(group, index)) in names]
 
     # GradScaler then hands its scale on instead of failing with a message about "inf checks".
     _step_supports_amp_scaling = True
@@ -225,18 +236,56 @@ class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
             parameters, or a `GradScaler`.
     """
 
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._tracked: dict[str, float] | None = None
+        self._not_finite: list[str] = []
+        self._bf16: tuple[list[Any], list[GradientMoments], set[Tensor]] = ([], [], set())
+
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
-        group = self.param_groups[group_index]
+        group, place = self.param_groups[group_index], (group_index, index, param)
         step = group["step"] + 1
-        unsettled = self._collect([(group_index, index, param)])
+        unsettled = self._collect([place])
         if group["paired"] or self._divides(step):
             return False
+        if self._tracked is not None:
+            self._tracked |= self._snr_of([place])
         moments = gradient_moments([param.grad for *_, param in unsettled if param.grad is not None])
         first, skipped = self._measure(unsettled, moments, step)
         if unsettled:
             self._warn_if_bf16_stays(unsettled, moments, first)
         self._update(group, [param], self._normalizer(), first, skipped)
         return True
+
+    def measure_next_pass(self) -> None:
+        """Has the next backward pass measure each gradient before it is used, for [`~SGDSaILayerwise.measure_now`]."""
+        self._tracked = {}
+
+    def measure_now(self) -> dict[str, float]:
+        """As [`SGDSaI.measure_now`]; with what was measured since [`~SGDSaILayerwise.measure_next_pass`]."""
+        found = (self._tracked or {}) | super().measure_now()
+        self._tracked = None
+        names = [self._name(group_index, index) for group_index, index, _ in self._params()]
+        return {name: found[name] for name in names if name in found}
+
+    # What a step warns of is said once for all tensors, at its end.
+
+    def _advance(self) -> None:
+        super()._advance()
+        names, bf16 = self._not_finite, self._bf16
+        self._not_finite, self._bf16 = [], ([], [], set())
+        super()._warn_not_finite(self._in_order(names))
+        super()._warn_if_bf16_stays(*bf16)
+
+    def _warn_not_finite(self, names: list[str]) -> None:
+        self._not_finite.extend(names)
+
+    def _warn_if_bf16_stays(
+        self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
+    ) -> None:
+        self._bf16[0].extend(unsettled)
+        self._bf16[1].extend(moments)
+        self._bf16[2].update(first)
 
 
 class SWANLayerwise(LayerwiseMixin, SWAN):
@@ -247,6 +296,19 @@ class SWANLayerwise(LayerwiseMixin, SWAN):
         `RuntimeError`: In the backward pass or `step()`: gradient accumulation, more than one process, sharded
             parameters, or a `GradScaler`.
     """
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._not_finite: list[str] = []
+
+    def _advance(self) -> None:
+        super()._advance()
+        names, self._not_finite = self._not_finite, []
+        super()._tell_not_finite(self._in_order(names))
+
+    def _tell_not_finite(self, names: list[str]) -> None:
+        """Said once for all tensors of a step, at its end."""
+        self._not_finite.extend(names)
 
     def extra_bytes(self, one_at_a_time: bool = True) -> int:
         """As [`SWAN.extra_bytes`]."""

@@ -89,8 +89,8 @@ def mean_gsnr(
     constant = [False] * len(named)
     number = 0
     for number, found in enumerate(gradients, start=1):
-        present = [index for index, gradient in enumerate(found) if gradient is not None]
-        for index, moments in zip(present, gradient_moments([found[index] for index in present]), strict=True):
+        present = [(index, gradient) for index, gradient in enumerate(found) if gradient is not None]
+        for (index, _), moments in zip(present, gradient_moments([each for _, each in present]), strict=True):
             if moments.is_finite and not moments.is_zero:
                 first_batch[index] = first_batch[index] or number
                 constant[index] = constant[index] or moments.is_constant
