@@ -38,6 +38,7 @@ def train(model, optimizer, data):
     [
         {},
         {"normalize": "max"},
+        {"normalize": "rms"},
         {"momentum": 0.0},
         {"measure_steps": 3},
         {"measure_steps": 2, "normalize": "max", "maximize": False},

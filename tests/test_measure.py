@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from support.trainers import arguments, trainable
 import hf_sai
 from hf_sai import GSNRReport, SaITrainer, SGDSaI
 from hf_sai.optim import convert_lr, measure_gsnr
+from hf_sai.optim.gsnr import NORMALIZATIONS
 
 
 def batches(count, seed=3):
@@ -73,16 +75,27 @@ def run_with(model, normalize="none", steps=3, **options):
     return optimizer
 
 
-@pytest.mark.parametrize("measured_under", ["none", "max"])
-@pytest.mark.parametrize("used_under", ["none", "max"])
+@pytest.mark.parametrize("measured_under", NORMALIZATIONS)
+@pytest.mark.parametrize("used_under", NORMALIZATIONS)
 def test_given_scales_are_used_exactly(measured_under, used_under):
     first = run_with(tiny_llama(), measured_under).gsnr_statistics()
     second = run_with(tiny_llama(seed=4), used_under, gsnr=first).gsnr_statistics()
     assert [row.gsnr for row in second] == [row.gsnr for row in first]
     assert {row.status for row in second} == {"given"}
-    largest = max(row.gsnr for row in first)
-    expected = [row.gsnr / (largest if used_under == "max" else 1.0) for row in first]
-    assert [row.scale for row in second] == pytest.approx(expected, rel=1e-12)
+    if used_under == measured_under:
+        expected = [row.scale for row in first]
+    elif used_under == "rms":  # the first run does not say, so it is this one's
+        expected = [row.gsnr / rms_of_first_update(tiny_llama(seed=4), first) for row in first]
+    else:
+        expected = [row.gsnr / (max(row.gsnr for row in first) if used_under == "max" else 1.0) for row in first]
+    assert [row.scale for row in second] == pytest.approx(expected, rel=1e-12 if used_under != "rms" else 1e-6)
+
+
+def rms_of_first_update(model, rows):
+    model(**batches(1, seed=9)[0]).loss.backward()
+    scales = {row.name: row.gsnr for row in rows}
+    scaled = torch.cat([scales[name] * p.grad.double().flatten() for name, p in model.named_parameters()])
+    return scaled.square().mean().sqrt().item()
 
 
 def test_given_scales_survive_a_resume_and_guard_the_first_step():
@@ -140,27 +153,31 @@ def test_optim_args_take_a_report_file(tmp_path):
 # ---- Learning rates ----
 
 
-def test_converted_learning_rate_gives_the_same_training():
-    plain = run_with(tiny_llama())
-    model = tiny_llama()
-    converted = convert_lr(0.01, "none", "max", plain.gsnr_statistics())
-    optimizer = SGDSaI(model.named_parameters(), lr=converted, normalize="max", weight_decay=0.0)
-    same = tiny_llama()
-    other = SGDSaI(same.named_parameters(), lr=0.01, weight_decay=0.0)
-    for batch in batches(3, seed=9):
-        for each_model, each in ((model, optimizer), (same, other)):
-            each_model(**batch).loss.backward()
-            each.step()
-            each.zero_grad()
-    expected = trainable(same)
-    for name, value in trainable(model).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
-    assert convert_lr(converted, "max", "none", plain.gsnr_statistics()) == pytest.approx(0.01)
-    assert convert_lr(0.3, "max", "max", []) == 0.3
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(NORMALIZATIONS, 2)))
+def test_converted_learning_rate_gives_the_same_training(first, second):
+    measured = run_with(tiny_llama())
+    known = (measured.gsnr_statistics(), measured.param_groups[0]["gsnr_rms"])
+    rates = {first: convert_lr(0.01, "none", first, *known)}
+    rates[second] = convert_lr(rates[first], first, second, *known)
+    models = []
+    for normalize, lr in rates.items():
+        model = tiny_llama()
+        optimizer = SGDSaI(model.named_parameters(), lr=lr, normalize=normalize, weight_decay=0.0)
+        for batch in batches(3, seed=9):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(trainable(model))
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name], rtol=1e-4, atol=1e-6)
+    assert convert_lr(rates[second], second, "none", *known) == pytest.approx(0.01)
 
 
 def test_conversions_that_cannot_be_made():
-    with pytest.raises(ValueError, match="must be one of none, max but is 'mean'"):
+    assert convert_lr(0.3, "max", "max", []) == 0.3
+    with pytest.raises(ValueError, match=r"gsnr_rms must be finite and > 0 but is 0\.0; pass optimizer\.param_groups"):
+        convert_lr(0.1, "none", "rms", [])
+    with pytest.raises(ValueError, match="must be one of none, max, rms but is 'mean'"):
         convert_lr(0.1, "none", "mean", [])
     with pytest.raises(ValueError, match="needs a measured g-SNR, but none is"):
         convert_lr(0.1, "none", "max", SGDSaI([torch.nn.Parameter(torch.ones(2))]).gsnr_statistics())

@@ -112,9 +112,9 @@ class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
     """
     [`SGDSaI`] with layer-wise updates; the same arguments, the same results.
 
-    With `normalize="max"` the updates of the steps that fix the maximum wait for `step()`, since the maximum is taken
-    over all gradients: these steps need the memory of the ordinary optimizer. So do LoRA factors that are trained as
-    pairs: the norm that bounds both is known when both gradients are.
+    With `normalize="max"` or `"rms"` the updates of the steps that fix the divisor wait for `step()`, since it is
+    taken over all gradients: these steps need the memory of the ordinary optimizer. So do LoRA factors that are
+    trained as pairs: the norm that bounds both is known when both gradients are.
 
     Raises:
         `RuntimeError`: In the backward pass or `step()`: gradient accumulation, more than one process, sharded
@@ -125,7 +125,7 @@ class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
         group = self.param_groups[group_index]
         step = group["step"] + 1
         unsettled = self._collect([(group_index, index, param)])
-        if group["paired"] or (group["normalize"] == "max" and not self._max_is_fixed(step)):
+        if group["paired"] or self._divides(step):
             return False
         moments = gradient_moments([param.grad for *_, param in unsettled if param.grad is not None])
         first, skipped = self._measure(unsettled, moments, step)

@@ -98,6 +98,11 @@ def bounded(gradient: Tensor, norm: float, is_a: bool) -> Tensor:
     return wide * ((A_RATE if is_a else 1.0) / wide.norm().clamp(min=norm))
 
 
+def bounded_norm(norm: float, first: float, is_a: bool) -> float:
+    """The norm of what `bounded` gives for a gradient of norm `norm`, where that of the pair's first is `first`."""
+    return (A_RATE if is_a else 1.0) * norm / max(norm, first)
+
+
 def norm_of(gradient: Tensor) -> float:
     """The norm, read back from the device; needed until a pair's is known."""
     return _wide(gradient).norm().item()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice
+from .checks import check_choice, check_number
 from .gsnr import NORMALIZATIONS, TensorGSNR, fallback_snr, gradient_moments, gradient_snr
 
 
@@ -63,30 +63,45 @@ def measure_gsnr(
 
 
 def convert_lr(
-    lr: float, from_: Literal["none", "max"], to: Literal["none", "max"], statistics: Iterable[TensorGSNR]
+    lr: float,
+    from_: Literal["none", "max", "rms"],
+    to: Literal["none", "max", "rms"],
+    statistics: Iterable[TensorGSNR],
+    gsnr_rms: float = 0.0,
 ) -> float:
     """
-    The learning rate that gives the same updates under the other normalisation.
+    The learning rate that gives the same updates under another normalisation.
 
     Args:
         lr (`float`): Under `from_`.
-        from_ (`str`): `"none"` or `"max"`.
-        to (`str`): `"none"` or `"max"`.
+        from_ (`str`): `"none"`, `"max"` or `"rms"`.
+        to (`str`): Likewise.
         statistics (iterable of `TensorGSNR`): Of the model that is trained; rows of a g-SNR report do as well.
+        gsnr_rms (`float`, *optional*): What `"rms"` divides by, which the rows do not say; a group of the optimizer
+            holds it under that name, after its first step.
 
     Returns:
-        `float`: `lr` times (none to max) or divided by (max to none) the largest measured g-SNR.
+        `float`: `lr` times what `to` divides g-SNR by, over what `from_` divides it by: 1, the largest measured g-SNR,
+        or `gsnr_rms`.
 
     Raises:
-        `ValueError`: A normalisation is not known, or nothing was measured.
+        `ValueError`: A normalisation is not known, nothing was measured, or `gsnr_rms` is needed and not there.
     """
     for given in (from_, to):
         check_choice("a normalisation", given, NORMALIZATIONS)
     if from_ == to:
         return lr
+    if "rms" in (from_, to):
+        check_number(
+            "gsnr_rms",
+            gsnr_rms,
+            "pass optimizer.param_groups[0]['gsnr_rms'] of a run that has made one step",
+            positive=True,
+        )
     largest = max((row.gsnr for row in statistics if row.status in ("measured", "given")), default=0.0)
-    if largest == 0.0:
+    if largest == 0.0 and "max" in (from_, to):
         raise ValueError(
             "converting a learning rate needs a measured g-SNR, but none is; take one training step first"
         )
-    return lr * largest if to == "max" else lr / largest
+    divisors = {"none": 1.0, "max": largest, "rms": gsnr_rms}
+    return lr * divisors[to] / divisors[from_]

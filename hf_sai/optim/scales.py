@@ -1,8 +1,9 @@
-"""The life of a learning-rate scale: given or pending, measured once, and the maximum that may divide it."""
+"""The life of a learning-rate scale: given or pending, measured once, and what may divide it: a maximum or an RMS."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,16 +17,20 @@ from .tensors import check_gradient, gradient_of
 
 logger = logging.getLogger(__name__)
 
+# What a group holds that is no option: the step, and the two divisors with the step that fixed each. Equal in all
+# groups. -1 marks a divisor that was given.
+SHARED = {"step": 0, "gsnr_max": 0.0, "gsnr_max_step": 0, "gsnr_rms": 0.0, "gsnr_rms_step": 0}
+
 
 class MeasuredScales(NamedOptimizer):
     """
     An optimizer whose tensors have a scale that is measured from their first informative gradients.
 
-    Groups hold `eps`, `normalize` and `measure_steps`, and the same in each `step`, `gsnr_max` and `gsnr_max_step`.
+    Groups hold `eps`, `normalize` and `measure_steps`, and the same in each what [`SHARED`] lists.
     The state of a tensor holds `gsnr`, `gsnr_step`, `gsnr_count`, `gsnr_fallback` and `gsnr_given`; see [`SGDSaI`].
     """
 
-    _progress = ("lr", "step", "gsnr_max", "gsnr_max_step")
+    _progress = ("lr", *SHARED)
 
     def gsnr_statistics(self) -> list[TensorGSNR]:
         """
@@ -113,11 +118,16 @@ class MeasuredScales(NamedOptimizer):
             group["gsnr_given"] = [[row.gsnr, row.status == "fallback"] if row else [0.0, False] for row in given]
         measured = [row for row in rows if row.gsnr and row.status != "fallback"]
         if measured:
-            # Where the other run was normalised, gsnr / scale is its maximum, which late tensors may exceed.
-            normalized = max(row.gsnr / row.scale for row in measured)
-            largest = normalized if normalized > 1.0 + 1e-9 else max(row.gsnr for row in measured)
+            # What the other run divided by. If that was its maximum, the tensor that set it has the scale 1.
+            divisor = max(row.gsnr / row.scale for row in measured)
+            undivided = abs(divisor - 1.0) < 1e-9
+            was_maximum = not undivided and any(abs(row.scale - 1.0) < 1e-6 for row in measured)
             for group in self.param_groups:
-                group["gsnr_max"], group["gsnr_max_step"] = largest, -1
+                # Late tensors may exceed the maximum of then.
+                group["gsnr_max"] = divisor if was_maximum else max(row.gsnr for row in measured)
+                group["gsnr_max_step"] = -1
+                if not (undivided or was_maximum):
+                    group["gsnr_rms"], group["gsnr_rms_step"] = divisor, -1
 
     def _new_state(self, group_index: int, index: int) -> dict[str, Any]:
         """What is kept of a tensor's scale, before its first gradient."""
@@ -196,27 +206,57 @@ class MeasuredScales(NamedOptimizer):
         for group in self.param_groups:
             group["step"] += 1
 
-    def _max_is_fixed(self, step: int) -> bool:
-        """Whether the maximum was given, or the window of steps that set it was over before `step`."""
-        first_step = self.param_groups[0]["gsnr_max_step"]
+    def _is_fixed(self, divisor: str, step: int) -> bool:
+        """Whether `gsnr_max` or `gsnr_rms` was given, or the window of steps that set it was over before `step`."""
+        first_step = self.param_groups[0][f"{divisor}_step"]
         window = max(group["measure_steps"] for group in self.param_groups)
         return first_step < 0 or 0 < first_step <= step - window
 
-    def _update_max(self) -> None:
-        """Sets the maximum over the model in the first `measure_steps` steps that measured; it then stays."""
+    def _divides(self, step: int) -> bool:
+        """Whether the scales of `step` hang on all gradients of the model."""
+        normalize = self.param_groups[0]["normalize"]
+        return normalize != "none" and not self._is_fixed(f"gsnr_{normalize}", step)
+
+    def _update_divisors(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> None:
+        """
+        Sets what may divide g-SNR in the first `measure_steps` steps that measured; it then stays.
+
+        While nothing but fallbacks was seen there is no maximum, and the RMS is only of the step.
+        """
         step = self.param_groups[0]["step"]
-        measured = [state for state in self.state.values() if state["gsnr_step"] and not state["gsnr_fallback"]]
-        if self._max_is_fixed(step) or not measured:
-            return
-        largest = max(state["gsnr"] for state in measured)
-        for group in self.param_groups:
-            group["gsnr_max"], group["gsnr_max_step"] = largest, group["gsnr_max_step"] or step
+        states = self.state.values()
+        measured = [state["gsnr"] for state in states if state["gsnr_step"] and not state["gsnr_fallback"]]
+        found: dict[str, float] = {}
+        if measured and not self._is_fixed("gsnr_max", step):
+            found["gsnr_max"] = max(measured)
+        if not self._is_fixed("gsnr_rms", step):
+            found["gsnr_rms"] = self._rms_of_scaled(unsettled, moments)
+        for divisor, value in found.items():
+            for group in self.param_groups:
+                group[divisor] = value or group[divisor]
+                if value and measured:
+                    group[f"{divisor}_step"] = group[f"{divisor}_step"] or step
+
+    def _rms_of_scaled(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> float:
+        """RMS over all elements of the informative gradients of this step, each times its g-SNR; 0 where none is."""
+        squares, count = 0.0, 0
+        for (group_index, index, param), moment in zip(unsettled, moments, strict=True):
+            if moment.is_finite and not moment.is_zero:
+                squares += (self.state[param]["gsnr"] * self._moved_norm(group_index, index, moment)) ** 2
+                count += moment.count
+        return math.sqrt(squares / count) if count else 0.0
+
+    def _moved_norm(self, group_index: int, index: int, moments: GradientMoments) -> float:
+        """The norm of what a tensor is moved by, before learning rate and scale: its gradient."""
+        return moments.norm
 
     def _normalizer(self) -> float:
         """What g-SNR is divided by to give the scale."""
         group = self.param_groups[0]
         if group["normalize"] == "none":
             return 1.0
+        if group["normalize"] == "rms":
+            return group["gsnr_rms"] or 1.0
         # While only fallbacks were seen there is no maximum; the largest of them then keeps the scale at 1 or below.
         return group["gsnr_max"] or max((state["gsnr"] for state in self.state.values()), default=0.0) or 1.0
 

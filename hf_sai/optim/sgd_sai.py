@@ -18,8 +18,8 @@ from torch.optim.optimizer import ParamsT
 from .base import check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
 from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
-from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norm_of
-from .scales import MeasuredScales
+from .lora_pairs import PAIR_POLICIES, bounded, bounded_norm, check_pairs, norm_of
+from .scales import SHARED, MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
 from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
 
@@ -40,6 +40,7 @@ class SGDSaI(MeasuredScales):
         g_snr = ||g|| / (std(g) + eps)
         scale = g_snr                         normalize="none": the authors' package, sgd-sai 1.0.3
         scale = g_snr / max over all tensors  normalize="max":  Algorithm 1 of the paper
+        scale = g_snr / RMS over all elements of g_snr * g      normalize="rms":  ours; the first update has RMS lr
         m_1   = g_1,  m_t = momentum * m_{t-1} + (1 - momentum) * g_t
         theta = theta * (1 - lr * weight_decay) - lr * scale * m_t
 
@@ -83,8 +84,10 @@ class SGDSaI(MeasuredScales):
         eps (`float`, *optional*, defaults to 1e-8):
             Added to the standard deviation, in units of the gradient. g-SNR never falls below `sqrt(n - 1)` by it.
         normalize (`str`, *optional*, defaults to `"none"`):
-            `"none"` or `"max"`, one for all groups. The maximum is taken over all groups and fixed at the end of the
-            first step that measured (of the first `measure_steps` such steps), and stays for tensors measured later.
+            `"none"`, `"max"` or `"rms"`, one for all groups. What divides is taken over all groups and fixed at the
+            end of the first step that measured (of the first `measure_steps` such steps), and stays for tensors
+            measured later. With `"rms"` the first update has an RMS of `lr` over all elements that it moves, as Adam's
+            has, so that AdamW's learning rate is the place to start.
         measure_steps (`int`, *optional*, defaults to 1):
             g-SNR is the mean over this many first informative gradients of each tensor. 1 is the paper.
         maximize (`bool`, *optional*, defaults to `False`):
@@ -127,7 +130,7 @@ class SGDSaI(MeasuredScales):
         weight_decay: float = 1e-2,
         eps: float = 1e-8,
         *,
-        normalize: Literal["none", "max"] = "none",
+        normalize: Literal["none", "max", "rms"] = "none",
         measure_steps: int = 1,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -151,10 +154,8 @@ class SGDSaI(MeasuredScales):
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
             "paired": False,
             "lora_policy": "plain",
-            # Not options, but they decide updates and so live where state_dict() saves them. Equal in every group.
-            "step": 0,
-            "gsnr_max": 0.0,
-            "gsnr_max_step": 0,  # step that fixed the maximum; -1 where it was given
+            # Not options, but they decide updates and so live where state_dict() saves them.
+            **SHARED,
         }
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -178,9 +179,9 @@ class SGDSaI(MeasuredScales):
         if merged["normalize"] != first["normalize"]:
             raise ValueError(
                 f"normalize must be the same in all parameter groups but is {merged['normalize']!r} beside "
-                f"{first['normalize']!r}; the maximum is taken over the whole model, so set it once"
+                f"{first['normalize']!r}; what divides is taken over the whole model, so set it once"
             )
-        shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
+        shared = {key: first[key] for key in SHARED}
         shared["params"] = self._with_names(param_group["params"])
         if merged["paired"]:
             shared["lora_policy"] = "paired"
@@ -201,7 +202,7 @@ class SGDSaI(MeasuredScales):
         self._count_step(moments)
         first, skipped = self._measure(unsettled, moments, self.param_groups[0]["step"])
         if unsettled:
-            self._update_max()
+            self._update_divisors(unsettled, moments)
             self._warn_if_bf16_stays(unsettled, moments, first)
         normalizer = self._normalizer()
         for group in self.param_groups:
@@ -314,6 +315,17 @@ class SGDSaI(MeasuredScales):
                 if param.grad is not None:
                     found[param] = bounded(param.grad, norm, is_a=index == 0)
         return found
+
+    def _moved_norm(self, group_index: int, index: int, moments: GradientMoments) -> float:
+        """Of a LoRA factor that is trained as one of a pair: its gradient's, bounded."""
+        group = self.param_groups[group_index]
+        if not group["paired"]:
+            return moments.norm
+        param, other = group["params"][index], group["params"][index ^ 1]
+        norm = self.state[param]["pair_norm"]
+        if not norm:
+            norm = max(moments.norm, norm_of(other.grad) if other.grad is not None else 0.0)
+        return bounded_norm(moments.norm, norm, is_a=index % 2 == 0)
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
