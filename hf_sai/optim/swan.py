@@ -226,6 +226,8 @@ class SWAN(NamedOptimizer):
         check_writer("SWAN", state_dict)
         self._warn_of_other_options(state_dict["param_groups"])
         super().load_state_dict(state_dict)
+
+    def _after_load(self, state_dict: dict[str, Any]) -> None:
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for saved_id, (_, _, param) in zip(saved_ids, self._params(), strict=True):
             saved_state = state_dict["state"].get(saved_id, {})
@@ -234,9 +236,11 @@ class SWAN(NamedOptimizer):
                 if saved is not None and self.state[param][key].dtype != torch.promote_types(saved.dtype, param.dtype):
                     self.state[param][key] = saved.to(device=param.device, copy=True)
 
-    def _advance(self) -> None:
+    def _begin(self) -> None:
         self._warn_not_finite()
-        self._update(self._params())
+
+    def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
+        self._update(places)
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
         self._update([(group_index, index, param)])
@@ -249,7 +253,7 @@ class SWAN(NamedOptimizer):
         for group_index, index, param in places:
             group = self.param_groups[group_index]
             if param.requires_grad or param.grad is not None:
-                self._make_state(param, group["routes"][index] == ADAM)
+                self._make_state(group_index, index, param)
             if param.grad is None:
                 continue
             name = self._name(group_index, index)
@@ -265,13 +269,14 @@ class SWAN(NamedOptimizer):
         for group_index, adam_batch in rest.items():
             _adam(self.param_groups[group_index], adam_batch)
 
-    def _make_state(self, param: Tensor, for_adam: bool) -> None:
+    def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         """
         Where there is none yet. A matrix keeps no tensor, but a count: torch.distributed.checkpoint does not load a
         parameter without any state.
         """
         state = self.state[param]
         if not state:
+            for_adam = self.param_groups[group_index]["routes"][index] == ADAM
             state.update(new_adam_state(param) if for_adam else {"step": 0})
 
     def _collect_for_adam(self, batch: AdamBatch, param: Tensor) -> None:
