@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hf_sai import SGDSaI
+from hf_sai import SWAN, SGDSaI
 
 
 STEPS = 6
@@ -56,7 +56,9 @@ class Uneven(torch.nn.Module):
 
 def batches(accumulate, steps=STEPS):
     generator = torch.Generator().manual_seed(11)
-    return [[torch.randint(0, VOCABULARY, (4, 10), generator=generator) for _ in range(accumulate)] for _ in range(steps)]
+    return [
+        [torch.randint(0, VOCABULARY, (4, 10), generator=generator) for _ in range(accumulate)] for _ in range(steps)
+    ]
 
 
 def groups_of(model):
@@ -69,6 +71,21 @@ def groups_of(model):
 def sgd_sai(model, normalize="none", **options):
     lr = {"none": 0.02, "max": 0.5, "rms": 0.01}[normalize]
     return SGDSaI(groups_of(model), lr=lr, normalize=normalize, **options)
+
+
+def swan(model, **options):
+    """Matrices of the blocks are whitened, and `odd`, with another shape; the rest is Adam's."""
+    groups = []
+    for kind in ("swan", "adam"):
+        named = [
+            (n, p)
+            for n, p in model.named_parameters()
+            if (len(getattr(p, "ds_shape", p.shape)) == 2 and n not in ("embed.weight", "head.weight"))
+            == (kind == "swan")
+        ]
+        routes = ["matrix" if kind == "swan" else "adam"] * len(named)
+        groups.append({"params": named, "kind": kind, "weight_decay": 0.1, "routes": routes})
+    return SWAN(groups, lr=2e-3, **{"whitening_dtype": "float32", **options})
 
 
 def one_process(make, accumulate=1, clip=0.0, steps=STEPS, dtype=torch.float32):

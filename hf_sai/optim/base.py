@@ -62,8 +62,8 @@ def check_writer(name: str, state_dict: dict[str, Any]) -> None:
 
 class NamedOptimizer(Optimizer):
     """
-    A `torch.optim.Optimizer` whose subclasses have `_begin()`, which looks at all gradients of a step, `_move(places)`,
-    which updates some of the tensors, and `_make_state(group_index, index, param)`.
+    A `torch.optim.Optimizer` whose subclasses have `_begin()`, which looks at all gradients of a step,
+    `_move(places)`, which updates some of the tensors, and `_make_state(group_index, index, param)`.
 
     Where DeepSpeed ZeRO has taken it over, it has an inner optimizer, over pieces; see [`ZeroPieces`].
     """
@@ -126,7 +126,7 @@ class NamedOptimizer(Optimizer):
         """For what torch's load does to tensors and should not have done."""
 
     def _taken_over(self) -> ZeroPieces | None:
-        """Its life under ZeRO; `None` where it has whole tensors. Where it has those it was given, that is seen at once."""
+        """Its life under ZeRO; `None` where it has whole tensors, which is seen at once if they are those of before."""
         known = self.__dict__
         first = next((param for group in self.param_groups for param in group["params"]), None)
         taken: ZeroPieces | None = known.get("_zero_pieces")

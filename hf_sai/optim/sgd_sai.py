@@ -217,8 +217,8 @@ class SGDSaI(MeasuredScales):
     def _refuse_pieces(self) -> None:
         if any(group["paired"] for group in self._every_group()):
             raise ZeroLayoutError(
-                "SGDSaI with lora_policy='paired' needs whole factors, but DeepSpeed ZeRO hands over pieces; use DDP or "
-                "DeepSpeed's stage 0, or leave lora_policy out"
+                "SGDSaI with lora_policy='paired' needs whole factors, but DeepSpeed ZeRO hands over pieces; use DDP "
+                "or DeepSpeed's stage 0, or leave lora_policy out"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

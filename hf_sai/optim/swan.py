@@ -25,6 +25,7 @@ from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
 from .whitening import Method, check_whitening, swan_direction
+from .zero_swan import PieceOfMatrix, finite_everywhere, whiten_pieces
 
 
 logger = logging.getLogger(__name__)
@@ -240,7 +241,32 @@ class SWAN(NamedOptimizer):
         self._warn_not_finite()
 
     def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
-        self._update(places)
+        self._update(self._move_pieces(list(places)) if self._pieces is not None else places)
+
+    def _move_pieces(self, places: list[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
+        """Updates the matrices of which ZeRO has pieces; returns Adam's, whose pieces are tensors like others."""
+        assert self._pieces is not None
+        to_adam = [place for place in places if self.param_groups[place[0]]["routes"][place[1]] == ADAM]
+        found = [place for place in places if self.param_groups[place[0]]["routes"][place[1]] != ADAM]
+        if not found:
+            return to_adam
+        flags = finite_everywhere([param.grad for _, _, param in found], self._pieces)
+        self._tell_of([self._name(group, index) for group, index, _ in found], flags)
+        matrices = []
+        for (group_index, index, param), finite in zip(found, flags, strict=True):
+            group, state = self.param_groups[group_index], self.state[param]
+            source = param.grad
+            if group["momentum"]:
+                weight = 1.0 - group["momentum"] if "momentum_buffer" in state else 1.0
+                source = state.setdefault("momentum_buffer", torch.zeros_like(param.detach()))
+                source.lerp_(torch.where(finite, param.grad, source), weight)
+            shape, where = self._shape(param), self._pieces.where(param)
+            matrices.append(PieceOfMatrix(group, group["routes"][index], shape, param.detach(), source, where, finite))
+            state["step"] += 1
+        default = CPU_BATCH_BYTES if flags.device.type == "cpu" else ACCELERATOR_BATCH_BYTES
+        bound = min(matrix.group["max_batch_bytes"] or default for matrix in matrices)
+        whiten_pieces(matrices, self._pieces, _directions_of, bound // BYTES_PER_ELEMENT)
+        return to_adam
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
         self._update([(group_index, index, param)])
@@ -326,7 +352,10 @@ class SWAN(NamedOptimizer):
         finite = torch.linalg.vector_norm(grads.flatten(1), ord=math.inf, dim=1).isfinite()
         if sharding is not None:
             finite = sharding.everywhere(finite)
-        names = [matrix.name for matrix in batch]
+        return self._tell_of([matrix.name for matrix in batch], finite)
+
+    def _tell_of(self, names: list[str], finite: Tensor) -> Tensor | None:
+        """The flags, or `None` where all are set and that can be read; has those that are not told of."""
         if finite.device.type == "cpu":
             if bool(finite.all()):
                 return None
@@ -381,6 +410,10 @@ def _directions(grads: Tensor, like: _Matrix) -> Tensor:
     if group["maximize"]:
         found.neg_()
     return like.layout.tensors(found, grads.shape[1:])
+
+
+def _directions_of(group: dict[str, Any], route: str, grads: Tensor) -> Tensor:
+    return _directions(grads, _Matrix(group, "", grads, grads, layout_of(route)))
 
 
 def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:

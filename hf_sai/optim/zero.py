@@ -124,6 +124,10 @@ class ZeroPieces:
         """Of the whole tensor."""
         return self.pieces[view].shape
 
+    def where(self, view: Tensor) -> list[tuple[int, int]]:
+        """`(offset, numel)` of the whole tensor's pieces on all ranks."""
+        return self.places[self.pieces[view]]
+
     def _gradients(self, flat: Flat) -> list[Tensor]:
         if flat in self._now:
             return [flat.tensor.grad] if flat.tensor.grad is not None else []
@@ -159,9 +163,7 @@ class ZeroPieces:
             views = [self.views[piece] for piece in pieces]
             groups.append({**inner, "params": list(zip(names, views, strict=True))})
         options = inspect.signature(type(self.outer)).parameters
-        made = type(self.outer)(
-            groups, **{key: value for key, value in self.outer.defaults.items() if key in options}
-        )
+        made = type(self.outer)(groups, **{key: value for key, value in self.outer.defaults.items() if key in options})
         for group, given in zip(made.param_groups, groups, strict=True):
             group.update({key: value for key, value in given.items() if key != "params"})
         made._pieces = self
@@ -290,7 +292,9 @@ class _Cuts:
             found.append(tensor.narrow(0, at - (self.ends[index] - tensor.numel()), stop - at))
             at, index = stop, index + 1
         if sum(each.numel() for each in found) != piece.numel:
-            raise ZeroLayoutError("the gradients that DeepSpeed holds must cover its flat buffer, but do not; report this")
+            raise ZeroLayoutError(
+                "the gradients that DeepSpeed holds must cover its flat buffer, but do not; report this"
+            )
         if not found:
             return piece.there[:0]
         return found[0] if len(found) == 1 else torch.cat(found)

@@ -116,7 +116,10 @@ def _refuse_unknown(owner: Any) -> None:
     for mode, is_on in (
         (type(owner).__name__, type(owner).__name__ not in _KNOWN),
         ("NVMe offload", getattr(owner, "swap_optimizer", False) or getattr(owner, "params_in_nvme_and_cpu", False)),
-        ("Twin-Flow offload (ratio below 1), which trains a share with AdamW", getattr(owner, "partial_offload", 1) != 1),
+        (
+            "Twin-Flow offload (ratio below 1), which trains a share with AdamW",
+            getattr(owner, "partial_offload", 1) != 1,
+        ),
         ("ZenFlow", getattr(owner, "zenflow", False)),
         ("a mixture of experts of DeepSpeed's", getattr(owner, "has_moe_layers", False)),
         ("model parallelism (AutoTP, pipeline)", getattr(owner, "model_parallel_world_size", 1) > 1),
