@@ -104,14 +104,25 @@ class GSNRCallback(TrainerCallback):
         elif self.config.gsnr_premeasure_batches:
             premeasure(live, kwargs["model"], kwargs["train_dataloader"], self.config.gsnr_premeasure_batches, args)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Has g-SNR tracked where DeepSpeed steps in the backward pass, which leaves no look at the gradients."""
+        live = unwrap_optimizer(kwargs.get("optimizer"))
+        if self._is_tracked(live, state.global_step + 1) and live.is_partitioned:
+            live.measure_in_next_step()
+
+    def _is_tracked(self, live: Any, step: int) -> bool:
+        every = self.config.gsnr_track_steps
+        return bool(every) and step % every == 0 and hasattr(live, "measure_now")
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measures g-SNR anew where it is tracked; the gradients are those that the update will use."""
         step = state.global_step + 1
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        every = self.config.gsnr_track_steps
-        if every and step % every == 0 and hasattr(live, "measure_now"):
+        if self._is_tracked(live, step) and not live.is_partitioned:
             self._tracked = {"step": step, "gsnr": live.measure_now()}
 
     def on_step_end(
@@ -126,6 +137,8 @@ class GSNRCallback(TrainerCallback):
             self._write_news(args, state)
             self._log(state, {f"{report.log_prefix}/{key}": value for key, value in report.summary().items()})
         tracked, self._tracked = self._tracked, None
+        if tracked is None and self._is_tracked(live, state.global_step) and (found := live.measured) is not None:
+            tracked = {"step": state.global_step, "gsnr": found}
         if tracked is not None and self.report is not None:
             history = thinned([*self.report.history, tracked])
             self._keeper.report = report = dataclasses.replace(self.report, history=history)
@@ -234,6 +247,11 @@ def premeasure(optimizer: Any, model: Any, batches: Iterable[Any], count: int, a
         raise OptionError(
             f"gsnr_premeasure_batches needs an optimizer that measures g-SNR, but {type(optimizer).__name__} runs; "
             "set it to 0"
+        )
+    if optimizer.is_partitioned:
+        raise OptionError(
+            "gsnr_premeasure_batches runs the model by itself, but DeepSpeed holds it; set "
+            "optim_args='measure_steps=...' instead"
         )
     if args.world_size > 1:
         raise OptionError(

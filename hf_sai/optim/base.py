@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .tensors import whole_shape
 from .zero import ZeroPieces
-from .zero_layout import ZeroLayoutError, find_zero, whole_shape
+from .zero_layout import ZeroLayoutError, find_zero
 
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class NamedOptimizer(Optimizer):
         """For what torch's load does to tensors and should not have done."""
 
     def _taken_over(self) -> ZeroPieces | None:
-        """Its life under ZeRO; `None` where it has whole tensors, which is seen at once if they are those of before."""
+        """Its life under ZeRO; `None` where it has whole tensors. Those that it was given are seen at once."""
         known = self.__dict__
         first = next((param for group in self.param_groups for param in group["params"]), None)
         taken: ZeroPieces | None = known.get("_zero_pieces")
@@ -146,10 +147,28 @@ class NamedOptimizer(Optimizer):
     def _refuse_pieces(self) -> None:
         """Raises [`ZeroLayoutError`] where it can't work on pieces."""
 
-    def _inner(self) -> Any:
-        """The optimizer that has the tensors' states: under ZeRO that of the pieces, else this."""
+    @property
+    def per_tensor(self) -> Any:
+        """The optimizer that has the groups and states of the tensors: under ZeRO that of the pieces, else this."""
         taken = self._taken_over()
         return self if taken is None else taken.inner
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether DeepSpeed ZeRO has put flat buffers in the place of the tensors."""
+        return self._taken_over() is not None
+
+    def measure_in_next_step(self) -> None:
+        """Has all gradients of the next step measured, where a host gives no look at them before; see `measured`."""
+        taken = self._taken_over()
+        if taken is not None:
+            taken.measure_next = True
+
+    @property
+    def measured(self) -> dict[str, float] | None:
+        """What the step after [`NamedOptimizer.measure_in_next_step`] measured, by name; once."""
+        taken = self._taken_over()
+        return None if taken is None else taken.take_measured()
 
     def _every_group(self) -> list[dict[str, Any]]:
         """All groups, also while DeepSpeed shows one only."""
@@ -159,7 +178,11 @@ class NamedOptimizer(Optimizer):
         """Where each of the tensors that it was given stood in its group; they are not kept alive by it."""
         return self.__dict__.setdefault("_placed", WeakIdKeyDictionary())
 
-    def _shape(self, param: Tensor) -> tuple[int, ...]:
+    def _of_model(self, param: Tensor) -> Tensor:
+        """The model's own parameter."""
+        return param if self._pieces is None else self._pieces.pieces[param].param
+
+    def shape_of(self, param: Tensor) -> tuple[int, ...]:
         """Of the whole tensor."""
         return whole_shape(param) if self._pieces is None else self._pieces.shape(param)
 
@@ -219,7 +242,10 @@ class NamedOptimizer(Optimizer):
     @property
     def measurements(self) -> int:
         """How much there is to report, to be compared with a later answer: here, tensors with a state."""
-        return len(self.state)
+        inner = self.per_tensor
+        if inner is self:
+            return len(self.state)
+        return sum(bool(state.get("step", 1)) for state in inner.state.values())  # made before the first step
 
     def _params(self) -> Iterator[tuple[int, int, Tensor]]:
         """Group index, index in the group, tensor."""

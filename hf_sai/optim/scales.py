@@ -39,8 +39,8 @@ class MeasuredScales(NamedOptimizer):
         Returns:
             `list[TensorGSNR]`: Frozen parameters that were never measured are left out.
         """
-        if self._inner() is not self:
-            return self._inner().gsnr_statistics()
+        if self.per_tensor is not self:
+            return self.per_tensor.gsnr_statistics()
         rows = []
         normalizer = self._normalizer()
         for group_index, index, param in self._params():
@@ -50,8 +50,8 @@ class MeasuredScales(NamedOptimizer):
             rows.append(
                 TensorGSNR(
                     name=self._name(group_index, index),
-                    shape=self._shape(param),
-                    numel=math.prod(self._shape(param)),
+                    shape=self.shape_of(param),
+                    numel=math.prod(self.shape_of(param)),
                     group=group_index,
                     gsnr=state["gsnr"],
                     scale=state["gsnr"] / normalizer,
@@ -64,7 +64,7 @@ class MeasuredScales(NamedOptimizer):
     @property
     def measurements(self) -> int:
         """How many gradients were measured, and tensors with a given scale that began to move."""
-        states = self._inner().state.values()
+        states = self.per_tensor.state.values()
         return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
 
     @torch.no_grad()
@@ -74,8 +74,8 @@ class MeasuredScales(NamedOptimizer):
 
         A gradient that is zero, constant or not finite is left out. Collective where gradients are sharded.
         """
-        there = [place for place in self._params() if place[2].grad is not None]
-        moments = gradient_moments([gradient_of(param) for _, _, param in there])
+        there = [place for place in self._params() if place[2].grad is not None or self._pieces is not None]
+        moments = self._moments(there)
         return {
             self._name(group, index): gradient_snr(moment, self.param_groups[group]["eps"])
             for (group, index, _), moment in zip(there, moments, strict=True)
@@ -93,7 +93,7 @@ class MeasuredScales(NamedOptimizer):
             `RuntimeError`: A step was made.
             `ValueError`: The rows do not fit.
         """
-        if self.state:
+        if self.state or self.is_partitioned:
             raise RuntimeError("scales can be given before the first step only, but one was made; pass gsnr= instead")
         self._take_given(list(rows))
 
@@ -104,9 +104,9 @@ class MeasuredScales(NamedOptimizer):
         odd = [f"{name} is not in the model" for name in by_name if name not in mine]
         odd += [f"{name} is not in gsnr" for name in mine if name not in by_name]
         odd += [
-            f"{name} has shape {self._shape(mine[name])}, in gsnr {tuple(row.shape)}"
+            f"{name} has shape {self.shape_of(mine[name])}, in gsnr {tuple(row.shape)}"
             for name, row in by_name.items()
-            if name in mine and tuple(row.shape) != self._shape(mine[name])
+            if name in mine and tuple(row.shape) != self.shape_of(mine[name])
         ]
         if odd:
             more = f" and {len(odd) - 10} more" if len(odd) > 10 else ""

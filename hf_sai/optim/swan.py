@@ -186,8 +186,12 @@ class SWAN(NamedOptimizer):
 
     def routes(self) -> list[Route]:
         """Where each parameter goes and why, in the order of the groups."""
+        if self.per_tensor is not self:
+            return self.per_tensor.routes()
         return [
-            Route(self._name(group_index, index), param, group["routes"][index], group["reasons"][index])
+            Route(
+                self._name(group_index, index), self._of_model(param), group["routes"][index], group["reasons"][index]
+            )
             for group_index, index, param in self._params()
             for group in [self.param_groups[group_index]]
         ]
@@ -250,17 +254,17 @@ class SWAN(NamedOptimizer):
         found = [place for place in places if self.param_groups[place[0]]["routes"][place[1]] != ADAM]
         if not found:
             return to_adam
-        flags = finite_everywhere([param.grad for _, _, param in found], self._pieces)
+        gradients = [gradient_of(param) for _, _, param in found]
+        flags = finite_everywhere(gradients, self._pieces)
         self._tell_of([self._name(group, index) for group, index, _ in found], flags)
         matrices = []
-        for (group_index, index, param), finite in zip(found, flags, strict=True):
+        for (group_index, index, param), source, finite in zip(found, gradients, flags, strict=True):
             group, state = self.param_groups[group_index], self.state[param]
-            source = param.grad
             if group["momentum"]:
                 weight = 1.0 - group["momentum"] if "momentum_buffer" in state else 1.0
-                source = state.setdefault("momentum_buffer", torch.zeros_like(param.detach()))
-                source.lerp_(torch.where(finite, param.grad, source), weight)
-            shape, where = self._shape(param), self._pieces.where(param)
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(param.detach()))
+                source = buffer.lerp_(torch.where(finite, source, buffer), weight)
+            shape, where = self.shape_of(param), self._pieces.where(param)
             matrices.append(PieceOfMatrix(group, group["routes"][index], shape, param.detach(), source, where, finite))
             state["step"] += 1
         default = CPU_BATCH_BYTES if flags.device.type == "cpu" else ACCELERATOR_BATCH_BYTES

@@ -58,6 +58,8 @@ class ZeroPieces:
                 view = piece.cut(flat.tensor.detach()).requires_grad_()
                 self.views[piece], self.pieces[view], self.flat_of[piece] = view, piece, flat
         self.inner = self._make_inner()
+        self.measure_next = False
+        self._found: dict[str, float] | None = None
         self._now: set[Flat] = set()
         self._waiting: set[Flat] = set()
         self._measured: dict[Piece, float] = {}
@@ -83,7 +85,7 @@ class ZeroPieces:
         present = [place for flat in now for place in self._places_in[flat] if flat.tensor.grad is not None]
         for _, _, view in present:
             piece = self.pieces[view]
-            view.grad = piece.cut(self.flat_of[piece].tensor.grad)
+            view.grad = piece.cut(self.flat_of[piece].gradient()[0])
         self._check_measured([view for _, _, view in present])
         self.inner._move(present)
         for _, _, view in present:
@@ -95,7 +97,14 @@ class ZeroPieces:
             self.places = self.zero.check()
         self._waiting, self._measured, self._now = set(self.zero.flats), {}, set(now)
         self._take_options(range(len(self.inner.param_groups)))
+        if self.measure_next:
+            self.measure_next, self._found = False, self.inner.measure_now()
         self.inner._begin()
+
+    def take_measured(self) -> dict[str, float] | None:
+        """What was measured on request, once."""
+        found, self._found = self._found, None
+        return found
 
     def moments(self, views: list[Tensor]) -> list[GradientMoments]:
         """Moments of whole gradients, as [`gradient_moments`]; one collective for all. Memory: none to speak of."""
@@ -130,7 +139,7 @@ class ZeroPieces:
 
     def _gradients(self, flat: Flat) -> list[Tensor]:
         if flat in self._now:
-            return [flat.tensor.grad] if flat.tensor.grad is not None else []
+            return flat.gradient()
         return self.zero.pending(self.zero.flats.index(flat))
 
     def _check_measured(self, views: list[Tensor]) -> None:
@@ -173,7 +182,7 @@ class ZeroPieces:
         """Where the tensors stood in the group before ZeRO took frozen ones out."""
         known = self.outer._positions()
         found = [known.get(piece.param) for piece in pieces]
-        return list(range(len(pieces))) if None in found else found  # type: ignore[return-value]
+        return list(range(len(pieces))) if None in found else found
 
     def _names(self, index: int, group: dict[str, Any], pieces: list[Piece], kept: list[int]) -> list[str]:
         if "param_names" in group and len(group["param_names"]) > max(kept, default=-1):

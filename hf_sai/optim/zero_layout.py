@@ -73,10 +73,9 @@ class Flat:
     group: int
     pieces: list[Piece] = field(default_factory=list)
 
-
-def whole_shape(param: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter that ZeRO 3 has partitioned, whose own is `(0,)`; of any other its own."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+    def gradient(self) -> list[Tensor]:
+        """The gradient that the buffer has; none where it has none."""
+        return [] if self.tensor.grad is None else [self.tensor.grad]
 
 
 def _is_there(piece: Piece, flat: Tensor) -> bool:
@@ -248,7 +247,7 @@ class _Zero12(Zero):
 
     def pending(self, index: int) -> list[Tensor]:
         if self.owner.cpu_offload:
-            return [self.flats[index].tensor.grad]
+            return self.flats[index].gradient()
         gradients = self.owner.averaged_gradients[index]
         together = getattr(gradients, "flat_partition", None)
         return [together.view(-1)] if together is not None else [each.reshape(-1) for each in gradients]
@@ -260,7 +259,7 @@ class _BF16(_Zero12):
     flats_name, params_name, model_name = "fp32_groups_flat_partition", "bf16_groups", "bf16_groups_flat"
 
     def pending(self, index: int) -> list[Tensor]:
-        return [self.flats[index].tensor.grad]
+        return self.flats[index].gradient()
 
     def unit(self) -> float:
         return 1.0
@@ -290,5 +289,5 @@ class _Zero3(Zero):
 
     def pending(self, index: int) -> list[Tensor]:
         if self.owner.offload_optimizer:
-            return [self.flats[index].tensor.grad]
+            return self.flats[index].gradient()
         return [each.reshape(-1) for each in self.owner.averaged_gradients[index]]
