@@ -110,10 +110,14 @@ class GSNRCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Layer-wise updates are told before the backward pass, which frees the gradients, to measure them."""
+        """What updates in the backward pass, layer-wise or in DeepSpeed, is told before it to measure gradients."""
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        if self._is_tracked(state.global_step + 1) and hasattr(live, "measure_next_pass"):
+        if not self._is_tracked(state.global_step + 1):
+            return
+        if hasattr(live, "measure_next_pass"):
             live.measure_next_pass()
+        elif getattr(live, "is_partitioned", False) and hasattr(live, "measure_now"):
+            live.measure_in_next_step()
 
     def _is_tracked(self, step: int) -> bool:
         every = self.config.gsnr_track_steps
@@ -125,7 +129,7 @@ class GSNRCallback(TrainerCallback):
         """Measures g-SNR anew where it is tracked; the gradients are those that the update will use."""
         step = state.global_step + 1
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        if self._is_tracked(step) and hasattr(live, "measure_now"):
+        if self._is_tracked(step) and hasattr(live, "measure_now") and not live.is_partitioned:
             self._tracked = {"step": step, "gsnr": live.measure_now()}
 
     def on_step_end(
@@ -140,6 +144,8 @@ class GSNRCallback(TrainerCallback):
             self._write_news(args, state)
             self._log(state, {f"{report.log_prefix}/{key}": value for key, value in report.summary().items()})
         tracked, self._tracked = self._tracked, None
+        if tracked is None and self._is_tracked(state.global_step) and (found := live.measured) is not None:
+            tracked = {"step": state.global_step, "gsnr": found}
         if tracked is not None and self.report is not None:
             history = thinned([*self.report.history, tracked])
             self._keeper.report = report = dataclasses.replace(self.report, history=history)

@@ -139,6 +139,8 @@ def name_parameters(optimizer: Optimizer, model: nn.Module) -> None:
         optimizer (`torch.optim.Optimizer`): Without a wrapper.
         model (`torch.nn.Module`): Where the names come from. A parameter that is not in it is called `unnamed`.
     """
+    if getattr(optimizer, "is_partitioned", False):
+        return  # DeepSpeed ZeRO has put flat buffers in their place, and knows the names
     names = {param: name for name, param in model.named_parameters()}
     for group in optimizer.param_groups:
         group.setdefault("param_names", [names.get(param, "unnamed") for param in group["params"]])
@@ -154,9 +156,9 @@ def count_measurements(optimizer: Any) -> int:
 
 def splitting_mode(args: Any | None = None) -> str | None:
     """
-    Name of the sharding mode that splits or flattens parameters so that the optimizer can't tell; `None` without one.
+    Name of the mode that splits or flattens parameters; `None` without one.
 
-    FSDP version 2 keeps tensors as DTensors, which can be told.
+    FSDP version 2 keeps tensors as DTensors, which can be told. What DeepSpeed does is for its configuration to say.
 
     Args:
         args (`transformers.TrainingArguments`, *optional*): `None` asks for what a launcher has set only.

@@ -56,6 +56,11 @@ def _refuse(optimizer: Any, trainer: Any) -> None:
             f"gsnr_premeasure_batches needs an optimizer that measures g-SNR, but {type(optimizer).__name__} runs; "
             "set it to 0"
         )
+    if optimizer.is_partitioned:
+        raise OptionError(
+            "gsnr_premeasure_batches runs the model by itself, but DeepSpeed holds it; set "
+            "optim_args='measure_steps=...' instead"
+        )
     if trainer is None:
         raise OptionError(
             "gsnr_premeasure_batches measures the trainer's own loss, but the callback was made without the trainer; "

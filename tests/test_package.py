@@ -37,6 +37,7 @@ FLOORS = {
     "hf_sai.report.terminal": 2.4,
     "hf_sai.report.report": 2.5,
     "hf_sai.report": 2.6,
+    "hf_sai.deepspeed_config": 3,
     "hf_sai.integration": 3,
     "hf_sai.live": 3,
     "hf_sai.memory": 3,

@@ -7,10 +7,12 @@ The seams of the hosts, and nothing of ours: every function here takes names and
 - [`training_moments`]: when a training of any Trainer begins, and when it ends.
 - [`script_optimizer`]: another optimizer for a script that builds `torch.optim.AdamW` itself; needs torch, so it is
   not imported here.
+- [`deepspeed_optimizer`]: a check before a Trainer under DeepSpeed makes its optimizer.
 - [`compat`]: every private name of a host that is used, with since and remove-when.
 """
 
 from .compat import UnsupportedHostError
+from .deepspeed_optimizer import check_deepspeed, remove_deepspeed_check
 from .hub_calls import replaced_hub_calls
 from .optim_names import add_optimizer, added_optimizers, parse_optim_args, remove_optimizer
 from .training_args_file import token_free_pickles
@@ -21,7 +23,9 @@ __all__ = [
     "UnsupportedHostError",
     "add_optimizer",
     "added_optimizers",
+    "check_deepspeed",
     "parse_optim_args",
+    "remove_deepspeed_check",
     "remove_optimizer",
     "replaced_hub_calls",
     "token_free_pickles",

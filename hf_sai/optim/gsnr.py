@@ -158,7 +158,7 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     fetched: dict[int, list[float]] = {}
     for place, indices in by_place.items():
         there = [gradients[index] for index in indices]
-        table = torch.stack([_local_moments(local(gradient)) for gradient in there])
+        table = torch.stack([local_moments(local(gradient)) for gradient in there])
         if not isinstance(place, torch.device):
             table = _combine_over_mesh(table, there, place)
         fetched.update(zip(indices, table.tolist(), strict=True))
@@ -168,7 +168,7 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     ]
 
 
-def _local_moments(gradient: Tensor) -> Tensor:
+def local_moments(gradient: Tensor) -> Tensor:
     """`[count, mean, sum of squared deviations]` of one tensor, on its device, chunk by chunk."""
     dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
     total = torch.zeros(3, dtype=dtype, device=gradient.device)

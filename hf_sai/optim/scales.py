@@ -39,6 +39,8 @@ class MeasuredScales(NamedOptimizer):
         Returns:
             `list[TensorGSNR]`: Frozen parameters that were never measured are left out.
         """
+        if self.per_tensor is not self:
+            return self.per_tensor.gsnr_statistics()
         rows = []
         normalizer = self._normalizer()
         for group_index, index, param in self._params():
@@ -48,8 +50,8 @@ class MeasuredScales(NamedOptimizer):
             rows.append(
                 TensorGSNR(
                     name=self._name(group_index, index),
-                    shape=tuple(param.shape),
-                    numel=param.numel(),
+                    shape=self.shape_of(param),
+                    numel=math.prod(self.shape_of(param)),
                     group=group_index,
                     gsnr=state["gsnr"],
                     scale=state["gsnr"] / normalizer,
@@ -62,7 +64,7 @@ class MeasuredScales(NamedOptimizer):
     @property
     def measurements(self) -> int:
         """How many gradients were measured, and tensors with a given scale that began to move."""
-        states = self.state.values()
+        states = self.per_tensor.state.values()
         return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
 
     @torch.no_grad()
@@ -72,12 +74,13 @@ class MeasuredScales(NamedOptimizer):
 
         A gradient that is zero, constant or not finite is left out. Collective where gradients are sharded.
         """
-        return self._snr_of(place for place in self._params() if place[2].grad is not None)
+        there = (place for place in self._params() if place[2].grad is not None or self._pieces is not None)
+        return self._snr_of(there)
 
     def _snr_of(self, places: Iterable[tuple[int, int, Tensor]]) -> dict[str, float]:
         """g-SNR of the gradients of some tensors, which have one."""
         there = list(places)
-        moments = gradient_moments([gradient_of(param) for _, _, param in there])
+        moments = self._moments(there)
         return {
             self._name(group, index): gradient_snr(moment, self.param_groups[group]["eps"])
             for (group, index, _), moment in zip(there, moments, strict=True)
@@ -95,7 +98,7 @@ class MeasuredScales(NamedOptimizer):
             `RuntimeError`: A step was made.
             `ValueError`: The rows do not fit.
         """
-        if self.state:
+        if self.state or self.is_partitioned:
             raise RuntimeError("scales can be given before the first step only, but one was made; pass gsnr= instead")
         self._take_given(list(rows))
 
@@ -106,9 +109,9 @@ class MeasuredScales(NamedOptimizer):
         odd = [f"{name} is not in the model" for name in by_name if name not in mine]
         odd += [f"{name} is not in gsnr" for name in mine if name not in by_name]
         odd += [
-            f"{name} has shape {tuple(mine[name].shape)}, in gsnr {tuple(row.shape)}"
+            f"{name} has shape {self.shape_of(mine[name])}, in gsnr {tuple(row.shape)}"
             for name, row in by_name.items()
-            if name in mine and tuple(row.shape) != tuple(mine[name].shape)
+            if name in mine and tuple(row.shape) != self.shape_of(mine[name])
         ]
         if odd:
             more = f" and {len(odd) - 10} more" if len(odd) > 10 else ""
@@ -158,17 +161,25 @@ class MeasuredScales(NamedOptimizer):
             group, state = self.param_groups[group_index], self.state[param]
             if not state:
                 self._make_state(group_index, index, param)
-            if (
-                param.grad is not None
-                and param.numel()
-                and (
-                    state["gsnr_step"] == 0
-                    or (state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"])
-                )
-            ):
-                check_gradient(param, self._name(group_index, index), type(self).__name__)
+            is_open = state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"]
+            if (state["gsnr_step"] == 0 or is_open) and self._has_gradient(group_index, index, param):
                 unsettled.append((group_index, index, param))
         return unsettled
+
+    def _has_gradient(self, group_index: int, index: int, param: Tensor) -> bool:
+        """Whether there is something to measure; of pieces always, since ZeRO has zeros where nothing came."""
+        if self._pieces is not None:
+            return True
+        if param.grad is None or not param.numel():
+            return False
+        check_gradient(param, self._name(group_index, index), type(self).__name__)
+        return True
+
+    def _moments(self, unsettled: list[tuple[int, int, Tensor]]) -> list[GradientMoments]:
+        params = [param for _, _, param in unsettled]
+        if self._pieces is not None:
+            return self._pieces.moments(params)
+        return gradient_moments([gradient_of(param) for param in params])
 
     def _measure(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], step: int

@@ -6,6 +6,7 @@ Source: arXiv 2412.11768, Algorithm 1; the authors' package `sgd-sai` 1.0.3 wher
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from .lora_pairs import PAIR_POLICIES, bounded, bounded_norm, check_pairs, norm_
 from .scales import SHARED, MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
 from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
+from .zero_layout import ZeroLayoutError
 
 
 logger = logging.getLogger(__name__)
@@ -195,18 +197,29 @@ class SGDSaI(MeasuredScales):
             group.setdefault("lora_policy", policy)
         super().__setstate__(state)
 
-    def _advance(self) -> None:
-        """Measures what is not settled, and updates every tensor that has a gradient."""
+    def _begin(self) -> None:
+        """Measures what is not settled."""
         unsettled = self._collect(self._params())
-        moments = gradient_moments([gradient_of(param) for _, _, param in unsettled])
+        moments = self._moments(unsettled)
         self._count_step(moments)
-        first, skipped = self._measure(unsettled, moments, self.param_groups[0]["step"])
+        self._first, self._skipped = self._measure(unsettled, moments, self.param_groups[0]["step"])
         if unsettled:
             self._update_divisors(unsettled, moments)
-            self._warn_if_bf16_stays(unsettled, moments, first)
+            self._warn_if_bf16_stays(unsettled, moments, self._first)
+
+    def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
+        """Updates those of some tensors that have a gradient."""
         normalizer = self._normalizer()
-        for group in self.param_groups:
-            self._update(group, group["params"], normalizer, first, skipped)
+        for group_index, some in itertools.groupby(places, key=lambda place: place[0]):
+            params = (param for _, _, param in some)
+            self._update(self.param_groups[group_index], params, normalizer, self._first, self._skipped)
+
+    def _refuse_pieces(self) -> None:
+        if any(group["paired"] for group in self._every_group()):
+            raise ZeroLayoutError(
+                "SGDSaI with lora_policy='paired' needs whole factors, but DeepSpeed ZeRO hands over pieces; use DDP "
+                "or DeepSpeed's stage 0, or leave lora_policy out"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -218,7 +231,6 @@ class SGDSaI(MeasuredScales):
         check_writer("SGDSaI", state_dict)
         self._warn_of_other_options(state_dict["param_groups"])
         super().load_state_dict(state_dict)
-        self._restore_buffers(state_dict)
 
     def extra_bytes(self) -> int:
         """The most that an update needs for a while: float32 copies, a block at a time."""
@@ -230,7 +242,7 @@ class SGDSaI(MeasuredScales):
             found = max(found, narrow * 4 * min(param.numel(), BLOCK_NUMEL))
         return found
 
-    def _restore_buffers(self, state_dict: dict[str, Any]) -> None:
+    def _after_load(self, state_dict: dict[str, Any]) -> None:
         """
         Undoes the cast to the parameter's dtype in `torch.optim.Optimizer.load_state_dict` where it lost digits, or
         where `state_dtype` asks for what was saved. A bf16 checkpoint loaded into float32 parameters stays widened.
