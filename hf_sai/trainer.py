@@ -19,9 +19,11 @@ from .config import SaIConfig
 from .files import warning_instead
 from .hub.card import card_aside, keep_card, read_card, update_card
 from .hub.push import HostPushes
+from .hub.results import plain
 from .integration import decay_rule
 from .live import assert_optimizer, name_parameters, unwrap_optimizer
 from .optim.registry import get_record, list_records, parse_options, record_of
+from .upload import checked_token
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class SaITrainerMixin:
     args: Any
     model: Any
     optimizer: Any
+    state: Any
     add_callback: Any
     is_world_process_zero: Any
     get_decay_parameter_names: Any
@@ -64,6 +67,8 @@ class SaITrainerMixin:
         config = sai_config or SaIConfig()
         self._hub = HostPushes(config.hub_strict, config.hub_timeout)
         super().__init__(*args, **kwargs)
+        if self.args.push_to_hub:
+            checked_token(self.args.hub_token)
         if self._asked_for is not None:
             parse_options(get_record(self._asked_for), trainer_patches.parse_optim_args(self.args.optim_args))
         self.gsnr_callback = self.gsnr_callback_class(self, config)
@@ -120,7 +125,14 @@ class SaITrainerMixin:
         earlier = read_card(path) if writes and path.is_file() else ""
         if earlier is None:
             return
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        history = self.state.log_history
+        self.state.log_history = [
+            plain(entry) for entry in history
+        ]  # the host's header would not hold NumPy's numbers
+        try:
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.state.log_history = history
         callback = self.gsnr_callback
         if writes and callback.report is not None and callback.config.sai_report:
             callback.write(self.args.output_dir, self.args.output_dir)

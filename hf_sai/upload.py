@@ -116,7 +116,7 @@ def upload(
     except UploadError:
         raise
     except Exception as error:
-        raise UploadError(reason(error, destination.token)) from None
+        raise UploadError(reason(error, destination.token) + _remedy(error)) from None
     finally:
         given_up.set()
 
@@ -341,6 +341,13 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
         if isinstance(each, HfHubHTTPError):  # says all
             break
     return without_tokens("; ".join(lines), known_tokens(token))
+
+
+def _remedy(error: BaseException) -> str:
+    """What helps where the same request would be answered the same."""
+    status = next((each.response.status_code for each in _chain(error) if isinstance(each, HfHubHTTPError)), None)
+    remedies = {401: "log in (hf auth login)", 403: "take a token that may write there", 404: "check the name"}
+    return f"; {remedies[status]}" if status in remedies else ""
 
 
 def known_tokens(token: str | bool | None = None) -> set[str]:

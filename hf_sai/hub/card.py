@@ -151,7 +151,7 @@ def read_card(path: Path) -> str | None:
     """The card in a file; `None`, with a warning that names the file, where it is no card that can be read."""
     try:
         return decode_card(path.read_bytes())
-    except CardError as error:
+    except (CardError, OSError) as error:
         logger.warning("%s is left as it is: %s; correct it, or take it away for a new one.", path, error)
         return None
 
@@ -204,10 +204,12 @@ def is_generated(content: str) -> bool:
 def card_aside(path: Path) -> Iterator[bytes | None]:
     """
     While it is open, a card that can't be read stands beside its place: PEFT reads the card of a folder that it saves
-    to, and a training would end there. Afterwards it is back. Yields what the card was; `None` where there is none.
+    to, and a training would end there. Afterwards it is back. Yields its bytes; `None` where there are none.
     """
-    before = path.read_bytes() if path.is_file() else None
-    aside = path.with_name(f"_{path.name}") if before is not None and read_card(path) is None else None
+    before: bytes | None = None
+    with contextlib.suppress(OSError):
+        before = path.read_bytes()
+    aside = path.with_name(f"_{path.name}") if path.is_file() and read_card(path) is None else None
     if aside is not None:
         os.replace(path, aside)
     try:
@@ -227,9 +229,9 @@ def keep_card(path: Path, before: bytes | None, report: GSNRReport | None, repo_
         report (`GSNRReport`, *optional*): What to show; without one a new card is marked as generated.
         repo_id (`str`, *optional*): As in [`update_card`].
     """
-    if not path.is_file() or path.read_bytes() == before:
+    after = path.read_bytes() if path.is_file() else before
+    if after is None or after == before:
         return
-    after = path.read_bytes()
     of_ours = [BEGIN.encode() in each or _STAMP_START in each for each in (before or b"", after)]
     if before is not None and of_ours != [True, False]:  # PEFT takes tags out of a card that is there, a person's too
         write_whole(path, before)
