@@ -127,9 +127,7 @@ def update_card(
     data = _loaded(content).data
     base_models = [each for each in as_list(data.base_model) if isinstance(each, str)]
     artifact = read_artifact(path.parent, data.library_name, base_models, repo_id)
-    parts = split_card(content)
-    text = insert_section(_STAMP.sub("", parts.text), render_section(card_facts(report, artifact)))
-    content = "".join(parts[:3]) + text
+    content = _with_section(content, render_section(card_facts(report, artifact)))
     save_card(path, _stamped(content) if generated else content)
 
 
@@ -263,10 +261,7 @@ def merge_cards(ours: str, theirs: str, place: str = "The card on the Hub") -> s
         return ours
     section = SECTION.search(ours)
     content = _with_header_of(theirs, ours, place)
-    if section is None:
-        return content
-    parts = split_card(content)
-    return "".join(parts[:3]) + insert_section(_STAMP.sub("", parts.text), section[0])
+    return content if section is None else _with_section(content, section[0])
 
 
 def name_repository(content: str, repo_id: str) -> str:
@@ -290,6 +285,11 @@ def _edited(content: str, edit: Callable[[Header], None], place: str) -> str:
         logger.warning("The header of %s is left as it is: %s.", place, error)
         return content
     return join_card(parts, header.source)
+
+
+def _with_section(content: str, section: str) -> str:
+    parts = split_card(content)
+    return "".join(parts[:3]) + insert_section(_STAMP.sub("", parts.text), section, newline_of(content))
 
 
 def _put_right(content: str, report: GSNRReport) -> str:

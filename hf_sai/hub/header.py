@@ -48,12 +48,12 @@ def split_card(content: str) -> Parts:
     """
     mark = "\ufeff" if content.startswith("\ufeff") else ""
     content = content[len(mark) :]
+    found = _EMPTY_BLOCK.search(content)  # first: the other one would look for an end further down
+    if found:
+        return Parts(mark + found[1], "", found[2], content[found.end() :])
     found = REGEX_YAML_BLOCK.search(content)
     if found:
         return Parts(mark + found[1], found[2], found[3], content[found.end() :])
-    found = _EMPTY_BLOCK.search(content)
-    if found:
-        return Parts(mark + found[1], "", found[2], content[found.end() :])
     return Parts(mark, "", "", content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -156,8 +157,8 @@ def card_facts(report: GSNRReport, artifact: Artifact | None = None) -> CardFact
     )
 
 
-def render_section(facts: CardFacts) -> str:
-    """The section as Markdown, markers included."""
+@functools.cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("model_cards", "."),
         undefined=jinja2.StrictUndefined,
@@ -165,19 +166,25 @@ def render_section(facts: CardFacts) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=_cell, code=_code, python=_python)
+    return environment
+
+
+def render_section(facts: CardFacts) -> str:
+    """The section as Markdown, markers included."""
     values = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-    return environment.get_template(facts.template).render(**values).rstrip("\n")
+    return _environment().get_template(facts.template).render(**values).rstrip("\n")
 
 
-def insert_section(text: str, section: str) -> str:
+def insert_section(text: str, section: str, line: str | None = None) -> str:
     """
     The card's text with the section once: where it stood, else at the end, after a blank line.
 
     Args:
         text (`str`): Markdown, without the YAML header.
-        section (`str`): With its markers; it takes the line ending of the text.
+        section (`str`): With its markers.
+        line (`str`, *optional*): What ends its lines; defaults to what ends those of the text.
     """
-    line = newline_of(text or section)
+    line = line or newline_of(text or section)
     section = re.sub(r"\r\n|\r|\n", lambda _: line, section)
     if SECTION.search(text):
         first = SECTION.sub(lambda _: section, text, count=1)
