@@ -253,6 +253,7 @@ def test_a_host_that_measured_nothing_leaves_a_place(before):
         ("tags: &t\n- a\nb: *t", lambda header: header.extend("tags", ["x"]), "would change b"),
         ("tags: |\n  a", lambda header: header.extend("tags", ["x"]), "tags must be a list or a word, but is a block"),
         ("tags: {a: 1}", lambda header: header.extend("tags", ["x"]), "or is a mapping"),
+        ("a: !!set {x, y}", lambda header: header.rewrite(lambda place, value: value), "stand where it"),
         ("a: 1\n...", lambda header: header.append("b", 1), "one name only"),
         ("base_model: [/a/b, {c: 1}]", lambda header: header.drop("base_model", lambda each: True), "a list of words"),
         ("model-index: [{name: a, results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: []}]}]",

@@ -299,12 +299,12 @@ def _put_right(content: str, report: GSNRReport) -> str:
         f"{name}=({shown(each)})" if isinstance(each, list) else f"{name}={each}" for name, each in chosen.items()
     ]
     optimizer = f"{report.optimizer} of hf_sai with {', '.join(options)}; see the section Optimizer"
-    local: list[str] = []
+    local: dict[str, str] = {}
 
     def edit(header: Header) -> None:
-        local.extend(local_names(header))
+        local.update(local_names(header))
         drop_local_models(header)
-        correct_header(header)
+        correct_header(header, local)
 
     content = _edited(content, edit, "the card that was generated")
     parts = split_card(content)

@@ -199,7 +199,10 @@ class Header:
         source = self.source
         found = list(_leaves(self._root(), ()))
         for place, node in sorted(found, key=lambda each: each[1].start_mark.index, reverse=True):
-            value = _at(self.data, place)
+            try:
+                value = _at(self.data, place)
+            except (KeyError, IndexError, TypeError):  # of a set, or the like
+                raise HeaderError("a value that is looked at must stand where it belongs") from None
             new = change(place, value)
             if new != value:
                 source = self._with_scalar(node, new, source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ _OPTIMIZER = re.compile(r"^- optimizer: Use [^\r\n]*?(?: and the args are:\r?\n[
 # The way of all hosts to name a model or a data set: it links to itself.
 _LINK = re.compile(r"\[(?P<id>[^\r\n]{0,500}?)\]\(https://huggingface\.co/(?P<data>datasets/)?(?P=id)\)")
 _NO_DATA = re.compile(r"\bon the None dataset\b")
+_DATA_TWICE = re.compile(r"\bthe (a local|an unnamed) (?:dataset|path) dataset\b")
 _SCALES = re.compile(r"(?<=\bgsnr=)[^\s,;`\"')|]+")
 _PATH = re.compile(
     r"(?<![\w/.<\\~-])(?:file:///?|~?/|[A-Za-z]:[\\/]|\\\\(?=[\w.-]+\\))(?=[\w.@+~-])[^\s\"'`<>()\[\]{}|,;*]+"
@@ -58,29 +59,30 @@ def without_local_links(text: str) -> str:
     return _LINK.sub(replaced, text)
 
 
-def corrected_text(text: str, optimizer: str, local_names: Iterable[str]) -> str:
+def corrected_text(text: str, optimizer: str, local: Mapping[str, str]) -> str:
     """
     The text that a host generated, put right.
 
     Args:
         text (`str`): Without our section.
         optimizer (`str`): What ran, in one line; the host knows our optimizers by name only.
-        local_names (iterable of `str`): Models and data sets of the header that are none of the Hub.
+        local (mapping): As from [`local_names`].
     """
     text = _OPTIMIZER.sub(lambda _: f"- optimizer: {optimizer}", text)
     text = _NO_DATA.sub("on an unnamed dataset", text)
     text = without_local_links(text)
-    for name in local_names:
+    for name, word in local.items():
         if "/" in name or "\\" in name:  # another one may be a word of the text
-            text = re.sub(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", lambda _: LOCAL_MODEL, text)
+            text = re.sub(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", word, text)
     text = _SCALES.sub(lambda found: found[0] if is_repo_id(found[0]) else LOCAL_PATH, text)
-    return without_paths(text)
+    return _DATA_TWICE.sub(r"\1 dataset", without_paths(text))
 
 
-def local_names(header: Header) -> list[str]:
-    """Values of `base_model` and `datasets` that are no repositories."""
-    values = [each for key in ("base_model", "datasets") for each in as_list(header.data.get(key))]
-    return [each for each in values if isinstance(each, str) and not is_repo_id(each)]
+def local_names(header: Header) -> dict[str, str]:
+    """Values of `base_model` and `datasets` that are no repositories, and what is said instead."""
+    words = {"base_model": LOCAL_MODEL, "datasets": LOCAL_DATA}
+    values = [(each, word) for key, word in words.items() for each in as_list(header.data.get(key))]
+    return {each: word for each, word in values if isinstance(each, str) and not is_repo_id(each)}
 
 
 def drop_local_models(header: Header) -> None:
@@ -89,10 +91,12 @@ def drop_local_models(header: Header) -> None:
     header.drop("tags", _is_local_tag)
 
 
-def correct_header(header: Header) -> None:
-    """Takes paths, and data sets without a name, out of a header that a host generated."""
+def correct_header(header: Header, local: Mapping[str, str]) -> None:
+    """Takes paths, names as from [`local_names`], and data sets without one out of a header that a host generated."""
     header.drop("datasets", lambda name: not is_repo_id(name))
-    header.rewrite(_corrected_value)
+    header.rewrite(
+        lambda place, value: "local" if isinstance(value, str) and value in local else _corrected_value(place, value)
+    )
 
 
 def as_list(value: Any) -> list[Any]:
