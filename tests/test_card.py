@@ -372,7 +372,7 @@ def test_the_lines_of_a_host_are_true_and_tell_no_path(report, tmp_path, path, c
     lines = content.splitlines()
     assert "This model is a fine-tuned version of a local model on an unnamed dataset." in lines
     assert (
-        "Also of a model without a name and [user/base](https://huggingface.co/user/base), see https://example.org/a/b/c."
+        "Also of a local model and [user/base](https://huggingface.co/user/base), see https://example.org/a/b/c."
         in lines
     )
     assert "Trained on a local dataset; see ![img](./image_0.png)." in lines

@@ -47,12 +47,10 @@ def without_paths(text: str, instead: str = LOCAL_PATH) -> str:
 
 
 def without_local_links(text: str) -> str:
-    """Links to a model or a data set that is a folder here, or that has no name, in words."""
+    """Links to a model or a data set that is a folder here, or that has no name on the Hub, in words."""
 
     def replaced(found: re.Match[str]) -> str:
-        if found["id"] in ("", "None"):
-            return "an unnamed dataset" if found["data"] else "a model without a name"
-        if is_repo_id(found["id"]):
+        if is_repo_id(found["id"]) and found["id"] != "None":  # TRL writes that for a folder
             return found[0]
         return LOCAL_DATA if found["data"] else LOCAL_MODEL
 
@@ -73,7 +71,7 @@ def corrected_text(text: str, optimizer: str, local: Mapping[str, str]) -> str:
     text = without_local_links(text)
     for name, word in local.items():
         if "/" in name or "\\" in name:  # another one may be a word of the text
-            text = re.sub(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", word, text)
+            text = re.sub(rf"(?<![\w/.]){re.escape(name)}(?![\w/\\-]|\.\w)", word, text)
     text = _SCALES.sub(lambda found: found[0] if is_repo_id(found[0]) else LOCAL_PATH, text)
     return _DATA_TWICE.sub(r"\1 dataset", without_paths(text))
 
