@@ -136,7 +136,10 @@ def checked(destination: Destination) -> Destination:
     except (HFValidationError, TypeError) as error:
         told = " ".join(str(error).split()).rstrip(".")
         raise RequestError(f"a repository is user/name, but the one given is {to.repo_id!r}: {told}") from None
-    return replace(to, token=checked_token(to.token))
+    token = checked_token(to.token)
+    if token is None or token is True:
+        checked_token(get_token())  # of HF_TOKEN or a file: no error of it would say what is wrong
+    return replace(to, token=token)
 
 
 def checked_token(token: str | bool | None) -> str | bool | None:

@@ -407,6 +407,16 @@ def test_a_token_that_can_be_none_is_an_error_at_once(hub, folder, sleeps, caplo
     assert push_folder(folder, "user/run", token=token, strict=False) is None
 
 
+@pytest.mark.parametrize("token", ["two words", "s\u00e9cret"])
+def test_a_token_of_the_environment_is_looked_at_too(hub, folder, monkeypatch, sleeps, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PushError, match="a token must be one word of ASCII") as raised:
+        push_folder(folder, "user/run")
+    assert token not in str(raised.value)
+    assert (hub.requests, sleeps) == ([], [])
+    push_folder(folder, "user/run", token=OTHER_TOKEN)
+
+
 @pytest.mark.parametrize("shown", ["{}", "b'Bearer {}\\\\n'", "https://user:{}@host/", "token={}&x"])
 @pytest.mark.parametrize("secret", [OTHER_TOKEN, "odd/token+of=signs%", 'with"quotes\\and', "hf_x"])
 def test_a_token_is_masked_in_each_form_and_blanks_never(secret, shown):

@@ -145,12 +145,12 @@ def add_results(path: Path, results: Iterable[EvalResult], model_name: str) -> N
         save_card(path, _edited(content, lambda header: header.add_results(found, model_name), str(path)))
 
 
-def read_card(path: Path) -> str | None:
-    """The card in a file; `None`, with a warning that names the file, where it is no card that can be read."""
+def read_card(path: Path, what: str = "is left as it is") -> str | None:
+    """The card in a file; `None`, with a warning of `what` happens to it, where it is no card that can be read."""
     try:
         return decode_card(path.read_bytes())
     except (CardError, OSError) as error:
-        logger.warning("%s is left as it is: %s; correct it, or take it away for a new one.", path, error)
+        logger.warning("%s %s: %s; correct it, or take it away for a new one.", path, what, error)
         return None
 
 

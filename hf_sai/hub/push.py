@@ -328,26 +328,32 @@ def card_for(api: HfApi, info: ModelInfo, files: Files) -> Files:
     if not isinstance(ours, Path):
         return files
     others = {name: content for name, content in files.items() if name != CARD}
-    content = read_card(ours)
+    content = read_card(ours, "is left as it is and not pushed")
     if content is None:
         return others
-    place = f"{CARD} of {info.id}"
+    theirs = None
     if any(each.rfilename == CARD for each in info.siblings or []):
-        theirs = hf_hub_download(info.id, CARD, revision=info.sha, token=api.token, endpoint=api.endpoint)
-        try:
-            content = merge_cards(content, decode_card(Path(theirs).read_bytes()), place)
-        except CardError as error:
-            logger.warning(
-                "%s on the Hub is left as it is, and the other files are pushed: %s; correct or delete it there, and "
-                "push again.",
-                place,
-                error,
-            )
-            return others
-    card = name_repository(content, info.id).encode("utf-8")
+        file = hf_hub_download(info.id, CARD, revision=info.sha, token=api.token, endpoint=api.endpoint)
+        theirs = Path(file).read_bytes()
+    card = _card_to_push(content, theirs, info.id)
+    return others if card is None else {**others, CARD: card}
+
+
+def _card_to_push(ours: str, theirs: bytes | None, repo_id: str) -> bytes | None:
+    """The card for a repository that may have one; `None`, with a warning, where the one there has to stay."""
+    place = f"{CARD} of {repo_id}"
+    try:
+        content = ours if theirs is None else merge_cards(ours, decode_card(theirs), place)
+        card = name_repository(content, repo_id).encode("utf-8")
+    except CardError as error:
+        text = (
+            "%s on the Hub is left as it is, and the other files are pushed: %s; correct or delete it there, and push"
+        )
+        logger.warning(f"{text} again.", place, error)
+        return None
     try:
         decode_card(card)
     except CardError as error:
-        logger.warning("%s stays as it is: the new one could not be read again (%s).", place, error)
-        return others
-    return {**others, CARD: card}
+        logger.warning("%s on the Hub is left as it is: the new one could not be read again (%s).", place, error)
+        return None
+    return card
