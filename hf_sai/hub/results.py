@@ -34,7 +34,7 @@ def as_number(value: Any, finite: bool = True) -> float | int | None:
         if getattr(value, "size", None) != 1 and not (hasattr(value, "numel") and value.numel() == 1):
             return None
         value = value.item()
-    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     value = int(value) if isinstance(value, numbers.Integral) else float(value)
     return value if math.isfinite(value) or not finite else None
