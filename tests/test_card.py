@@ -442,6 +442,20 @@ def test_a_card_that_a_save_writes_anew_gets_the_section(report, tmp_path):
     assert path.read_text().count(BEGIN) == 1
 
 
+def test_without_a_report_the_newest_card_of_a_host_stays_and_a_persons_too(tmp_path):
+    path, before = tmp_path / "README.md", None
+    for rate in ("0.001", "0.002"):
+        path.write_text(SAVED.format(rate))
+        keep_card(path, before, None, None)
+        before = path.read_bytes()
+        assert SAVED.format(rate) in before.decode()
+        assert is_generated(before.decode())
+    mine = before.replace(b"# Of", b"# Mine, of")
+    path.write_text(SAVED.format("0.003"))
+    keep_card(path, mine, None, None)
+    assert path.read_bytes() == mine
+
+
 def test_a_card_that_a_save_changes_is_put_back(report, tmp_path):
     path = tmp_path / "README.md"
     for mine in ("# Mine\r\n", SAVED):

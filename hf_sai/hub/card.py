@@ -235,9 +235,9 @@ def keep_card(path: Path, before: bytes | None, report: GSNRReport | None, repo_
         write_whole(path, before)
     elif report is not None and _FORM not in after:
         update_card(path, report, earlier=(before or b"").decode("utf-8"), repo_id=repo_id)
-    elif before is not None:
+    elif before is not None and not is_generated(before.decode("utf-8")):
         write_whole(path, before)
-    else:  # a form to be filled in, PEFT's for one
+    else:  # of another optimizer, or a form to be filled in, PEFT's for one
         mark_generated(path)
 
 
