@@ -17,7 +17,7 @@ import trainer_patches
 from .callback import GSNRCallback, optim_name
 from .config import SaIConfig
 from .files import warning_instead
-from .hub.card import card_aside, keep_card, read_card, update_card
+from .hub.card import back_on_error, card_aside, keep_card, read_card, update_card
 from .hub.push import HostPushes
 from .hub.results import plain
 from .integration import decay_rule
@@ -126,17 +126,18 @@ class SaITrainerMixin:
         if earlier is None:
             return
         history = self.state.log_history
-        self.state.log_history = [
-            plain(entry) for entry in history
-        ]  # the host's header would not hold NumPy's numbers
+        # With numbers of NumPy or torch the host would write a header that no reader of YAML loads.
+        self.state.log_history = [plain(entry) for entry in history]
         try:
-            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+            with back_on_error(path, earlier):
+                super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.state.log_history = history
         callback = self.gsnr_callback
         if writes and callback.report is not None and callback.config.sai_report:
             callback.write(self.args.output_dir, self.args.output_dir)
-            with warning_instead(logger, f"{path} could not be written; the model is not concerned."):
+            failed = warning_instead(logger, f"{path} could not be written; the model is not concerned.")
+            with failed, back_on_error(path, earlier):
                 update_card(path, callback.report, earlier=earlier, repo_id=self._full_repo_id(), results=results)
 
     def _full_repo_id(self) -> str | None:

@@ -322,6 +322,28 @@ def test_a_card_that_can_not_be_read_costs_no_training(hub, tmp_path, caplog, ki
     assert not [path for path in files_below(tmp_path) if path.name == "_README.md"]
 
 
+@pytest.mark.parametrize("name", ["update_card", "generate"])
+def test_an_error_on_the_way_brings_a_persons_card_back(tmp_path, monkeypatch, caplog, name):
+    """Ours is a warning; the host's is the host's."""
+    (tmp_path / "README.md").write_bytes(mine := b"---\r\nlanguage: no\r\n---\r\n# mine\r\n")
+    trainer = trainer_of(tmp_path, tiny_llama(), None, push_to_hub=False, max_steps=1)
+    trainer.train()
+
+    def fails(path="", *args, **kwargs):
+        (tmp_path / "README.md").write_text("half a card")
+        raise OSError("a full disk")
+
+    if name == "update_card":
+        monkeypatch.setattr("hf_sai.trainer.update_card", fails)
+        trainer.create_model_card()
+        assert "README.md could not be written; the model is not concerned." in caplog.text
+    else:
+        monkeypatch.setattr(Trainer, "create_model_card", fails)
+        with pytest.raises(OSError, match="a full disk"):
+            trainer.create_model_card()
+    assert (tmp_path / "README.md").read_bytes() == mine
+
+
 class _Anew(Trainer):
     """As sentence-transformers' trainer does: every save writes the card anew."""
 

@@ -44,6 +44,7 @@ __all__ = [  # of the section: what a caller needs besides
     "END",
     "CardError",
     "add_results",
+    "back_on_error",
     "card_aside",
     "card_facts",
     "decode_card",
@@ -196,6 +197,17 @@ def is_generated(content: str) -> bool:
     """Whether a card is, but for our section, as a host generated it: no person has edited it."""
     stamp = _STAMP.search(content)
     return stamp is not None and stamp[1] == _digest(content)
+
+
+@contextlib.contextmanager
+def back_on_error(path: Path, earlier: str) -> Iterator[None]:
+    """While it is open, an error brings a card back that stood there before it; it may be a person's."""
+    try:
+        yield
+    except BaseException:
+        if earlier:
+            write_whole(path, earlier.encode("utf-8"))
+        raise
 
 
 @contextlib.contextmanager
