@@ -9,7 +9,6 @@ with its reason.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,7 +68,10 @@ class Layout:
         return (whole.mT if self.transposed else whole).reshape(-1, *shape)
 
 
-@functools.cache
+# By route. Not functools.cache, of which torch.compile warns in a step.
+_layouts: dict[str, Layout] = {}
+
+
 def layout_of(route: str) -> Layout:
     """
     The layout of a route.
@@ -80,6 +82,12 @@ def layout_of(route: str) -> Layout:
     Raises:
         `ValueError`: It is none.
     """
+    if route not in _layouts:
+        _layouts[route] = _read_layout(route)
+    return _layouts[route]
+
+
+def _read_layout(route: str) -> Layout:
     for batched in (False, True):
         for transposed in (False, True):
             layout = Layout(batched, transposed)
