@@ -18,7 +18,7 @@ import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
 from .deepspeed_config import check_config, deepspeed_config, is_left_out
-from .live import splitting_mode
+from .live import begin_training, end_training, splitting_mode
 from .optim.registry import (
     OptimizerRecord,
     OptionError,
@@ -40,6 +40,9 @@ def register() -> None:
     """
     Makes the names of [`list_records`] valid for `TrainingArguments(optim=...)`; done by `import hf_sai`.
 
+    Every Trainer then checks, before the first step, that our optimizer runs where it was asked for, and that it was
+    made for the model that is trained.
+
     Idempotent. transformers is not imported by it; the names appear when it is.
 
     Raises:
@@ -49,10 +52,12 @@ def register() -> None:
         _on_record(record, True)
     watch_records(_on_record)
     trainer_patches.check_deepspeed(__name__, _check_deepspeed)
+    trainer_patches.watch_trainings(begin_training, lambda trainer: end_training(getattr(trainer, "optimizer", None)))
 
 
 def unregister() -> None:
-    """Undoes [`register`]: the host's enum, table and parser are as they were."""
+    """Undoes [`register`]: the host's enum, table, parser and trainings are as they were."""
+    trainer_patches.unwatch_trainings()
     trainer_patches.remove_deepspeed_check(__name__)
     watch_records(_on_record, watching=False)
     for record in list_records():

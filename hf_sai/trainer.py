@@ -13,12 +13,12 @@ from transformers import Trainer
 
 import trainer_patches
 
-from .callback import GSNRCallback, optim_name
+from .callback import GSNRCallback
 from .config import SaIConfig
 from .hub.card import mark_generated, update_card
 from .hub.push import HostPushes
 from .integration import decay_rule
-from .live import assert_optimizer, name_parameters, unwrap_optimizer
+from .live import assert_optimizer, name_parameters, optim_name, unwrap_optimizer
 from .optim.registry import get_record, list_records, parse_options, record_of
 
 

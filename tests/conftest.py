@@ -36,6 +36,34 @@ import torch  # noqa: E402
 pytest.register_assert_rewrite("support")  # before its first import, so that its asserts say what they compared
 
 
+# Files whose every test is slow: they start processes that import all anew (4 to 10 s of a processor each), or train
+# dozens of times. Single tests elsewhere carry the mark themselves.
+SLOW = {
+    "test_benchmarks",
+    "test_diffusers_scripts",
+    "test_diffusion",
+    "test_distributed",
+    "test_distributed_swan",
+    "test_docs",
+    "test_equivalence",
+    "test_examples",
+    "test_features",
+    "test_hub_trainer",
+    "test_kill",
+    "test_ranks",
+    "test_run",
+    "test_text_to_image_example",
+    "test_trl_scripts",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """For `make test-fast`, which runs what is not slow."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """The same random numbers in every test, alone or together."""

@@ -1,4 +1,9 @@
-"""A Hub on the loopback interface: enough of its HTTP API for the real client, with faults on request."""
+"""
+A Hub on the loopback interface: enough of its HTTP API for the real client, with faults on request.
+
+Its answers follow what huggingface_hub 2.4.0 sends and reads (constraints.txt); `make test-oldest` puts the same tests
+through the client that transformers 5.2 takes. They are no recordings: where the real Hub differs, this file is wrong.
+"""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_several_base_models_stay(report, tmp_path):
 
 def test_backslashes_in_a_section_are_text():
     section = f"{BEGIN}\n\\1 \\g<0>\n{END}"
-    assert section in insert_section(f"{BEGIN}x{END}", section)
+    assert insert_section(f"before\n{BEGIN}x{END}\n\\2", section) == f"before\n{section}\n\\2"
 
 
 @pytest.mark.parametrize("base", ["/home/somebody/model", "./model", "demo_output/base/model", "existing"])

@@ -97,13 +97,17 @@ def test_group_added_after_a_step_trains(record):
     assert optimizer.param_groups[-1]["lr"] == 0.1
 
 
-def test_state_of_an_optimizer_that_never_stepped_loads(record):
-    model = model_of(torch.float32)
-    state = saved_and_loaded(optimizer_of(record, model).state_dict())
-    other = optimizer_of(record, model)
+def test_state_of_an_optimizer_that_never_stepped_brings_its_options_and_nothing_else(record):
+    """What trains on from it trains as one that was made with these options and loaded nothing."""
+    model, twin = model_of(torch.float32), model_of(torch.float32)
+    state = saved_and_loaded(optimizer_of(record, model, momentum=0.5).state_dict())
+    other = optimizer_of(record, twin)
     other.load_state_dict(state)
-    train(model, other, 2, seed=1)
-    assert all(p.isfinite().all() for p in model.parameters())
+    for each_model, each in ((model, optimizer_of(record, model, momentum=0.5)), (twin, other)):
+        before = [p.detach().clone() for p in each_model.parameters()]
+        train(each_model, each, 2, seed=1)
+        assert not any(torch.equal(a, b) for a, b in zip(before, each_model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_a_set_of_parameters_has_no_order_and_is_refused(record):

@@ -6,7 +6,8 @@ import io
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, tiny_lora, token_blocks
+from support.models import tiny_llama, tiny_lora, token_blocks
+from support.trainers import arguments
 from transformers import Trainer
 
 import hf_sai

@@ -25,7 +25,8 @@ from hf_sai.live import unwrap_optimizer
 
 
 # TRL 1.16's DPOTrainer calls these on transformers 5.23.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning")
+deprecated = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning")
+pytestmark = [deprecated, pytest.mark.usefixtures("no_picture")]
 
 LEARNING_RATE = {"sgd_sai": 0.02, "swan": 2e-3}
 
@@ -74,7 +75,6 @@ CASES = {
     "reward": (RewardTrainer, RewardConfig, reward, {"bf16": False}),
     "sft with an adapter": (SFTTrainer, SFTConfig, sft, {"bf16": False}),
 }
-pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 class Gradients(TrainerCallback):

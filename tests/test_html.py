@@ -48,11 +48,12 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.tables, self._cell = [], {}, None
+        self.tags, self.tables, self._cell, self.facts, self._in = [], {}, None, [], None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self._in = tag
         if tag == "table":
             self.rows = self.tables.setdefault(dict(attributes).get("id"), [])
         elif tag == "tr":
@@ -66,6 +67,10 @@ class Page(html.parser.HTMLParser):
             self._cell = None
 
     def handle_data(self, data):
+        if self._in == "dt" and data.strip():
+            self.facts.append((data, ""))
+        if self._in == "dd" and data.strip():
+            self.facts[-1] = (self.facts[-1][0], data)
         if self._cell is not None:
             self._cell[-1] += data
 
@@ -85,6 +90,34 @@ def test_the_page_holds_every_tensor_by_value(small):
         [EVIL, "1", "1.0000", "1", "0.05 to 0.1", "", "scalar", "1", "fallback"],
         ["norm.weight", "3.6", "1.2000", "3.6", "0.18 to 0.36", "", "9", "1", "given"],
     ]
+
+
+def test_page_and_markdown_say_the_same_facts_by_value(small, swan):
+    expected = {
+        "learning rate (peak)": "0.1",
+        "weight decay": "0",
+        "tensors": "2 measured, 1 given, 1 fallback, 2 pending",
+        "scale": "1 to 8.485",
+        "g-SNR / sqrt(numel)": "1 to 1.5",
+        "learning rate x scale": "0.05 to 0.8485",
+        "optimizer state": "3 MB (AdamW: 6 MB)",
+    }
+    assert dict(Page(small.to_html()).facts) == expected
+    assert small.to_markdown().splitlines()[4:11] == [f"| {name} | {value} |" for name, value in expected.items()]
+    routed = {"tensors": "1 whitened (33.3% of the elements), 1 to Adam"}
+    assert dict(Page(swan.to_html()).facts) == {
+        name: {**expected, **routed}[name]
+        for name in ("learning rate (peak)", "weight decay", "tensors", "optimizer state")
+    }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "note"),
+    [([0.5, 1.0], "times scale, from the lowest to the highest of the schedule."), ([], "times scale, at the peak.")],
+)
+def test_a_note_on_learning_rates_stands_where_there_are_scales(small, swan, schedule, note):
+    assert note in dataclasses.replace(small, schedule=schedule).to_html()
+    assert "times scale" not in dataclasses.replace(swan, schedule=schedule).to_html()
 
 
 def test_a_name_that_is_markup_stays_text_and_nothing_is_fetched(small):
@@ -174,6 +207,7 @@ def browse(folder, text, *options):
     return done.stdout.decode()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_2000_tensors_are_sorted_filtered_and_drawn_by_a_browser(tmp_path):
     rng = random.Random(0)
@@ -212,6 +246,7 @@ def test_2000_tensors_are_sorted_filtered_and_drawn_by_a_browser(tmp_path):
     assert page.all("circle")[0]["data-tip"].startswith(f"layers.0.kind_0.weight: scale {rows[0].scale:.4g}, ")
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("scheme", "back"), [("1", "#ffffff"), ("0", "#0f1419")])
 def test_a_screenshot_shows_table_and_pictures(scheme, back, small, tmp_path):

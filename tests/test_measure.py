@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
+import numpy
 import pytest
 import torch
 from support.models import tiny_llama, tiny_lora, token_blocks
@@ -181,3 +183,91 @@ def test_conversions_that_cannot_be_made():
         convert_lr(0.1, "none", "mean", [])
     with pytest.raises(ValueError, match="needs a measured g-SNR, but none is"):
         convert_lr(0.1, "none", "max", SGDSaI([torch.nn.Parameter(torch.ones(2))]).gsnr_statistics())
+
+
+# ---- What is measured, and what it leaves behind ----
+
+
+class Noisy(torch.nn.Module):
+    """Batch norm, dropout, noise from every generator, and a loss where there are labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.dropout, self.head = torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.head.eval()
+
+    def forward(self, x, labels=None, **others):
+        self.calls = self.calls + 1  # another tensor in its place
+        self.train()
+        logits = self.head(self.dropout(self.norm(x))) * (1 + 0.1 * random.random() + 0.1 * numpy.random.rand())
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def random_states():
+    return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
+
+
+def test_everything_is_as_it_was():
+    model = Noisy()
+    model.head.weight.grad = gradient = torch.ones(3, 4)
+    batch = {"x": torch.randn(8, 4), "labels": torch.arange(8) % 3, "flag": True, "names": ["a"] * 8}
+    calls = model.calls
+
+    def before():
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return random_states(), [module.training for module in model.modules()], list(batch), buffers
+
+    def popping(model, batch):
+        labels = batch.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**batch)["logits"], labels)
+
+    first = before()
+    singles = [measure_gsnr(model, [batch]), measure_gsnr(model, [batch], popping)]
+    assert singles[0] == singles[1]  # the same random numbers, and the labels are still there
+    second = before()
+    assert first[:3] == second[:3]
+    assert all(torch.equal(first[3][name], second[3][name]) for name in first[3])
+    assert model.calls is calls
+    assert model.head.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones(3, 4))
+    with pytest.raises(KeyError):
+        measure_gsnr(model, [batch, {"x": None}], lambda model, batch: model(**batch)[batch["x"]])
+    assert random_states() == first[0]
+    assert model.calls is calls
+
+
+def test_a_trainers_loss_is_measured_by_its_compute_loss(tmp_path):
+    """Label smoothing, which the model's own loss has not."""
+    args = arguments(tmp_path, label_smoothing_factor=0.3)
+    trainer = SaITrainer(tiny_llama(), args, train_dataset=token_blocks())
+    data = batches(2)
+    named = dict(trainer.model.named_parameters())
+    expected = dict.fromkeys(named, 0.0)
+    for batch in data:
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+            least = math.sqrt(gradient.numel() - 1)
+            expected[name] += max((gradient.norm() / (gradient.std() + 1e-8)).item(), least) / 2
+    found = {row.name: row.gsnr for row in measure_gsnr(trainer.model, data, trainer.compute_loss)}
+    assert found == pytest.approx(expected, rel=1e-4)
+    plain = {row.name: row.gsnr for row in measure_gsnr(trainer.model, data)}
+    assert max(abs(plain[name] / found[name] - 1) for name in found) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss_fn", "message"),
+    [
+        ({"x": torch.ones(2, 4)}, None, "needs a loss, but Noisy gives none for a batch with x; pass loss_fn="),
+        (torch.ones(2, 4), None, "needs a loss, but Noisy gives none for a batch of a Tensor; pass loss_fn="),
+        ({"x": torch.ones(2, 4)}, lambda m, b: m(**b), "needs one number with a gradient as the loss, but got a dict"),
+        ({"x": torch.ones(2, 4)}, lambda m, b: m(**b)["logits"], r"the loss, but got a tensor of shape \(2, 3\)"),
+        ({"x": torch.ones(2, 4)}, lambda m, b: torch.ones(()), r"the loss, but got a tensor of shape \(\)"),
+    ],
+)
+def test_what_is_no_loss_is_named(batch, loss_fn, message):
+    with pytest.raises(ValueError, match=message):
+        measure_gsnr(Noisy(), [batch], loss_fn)

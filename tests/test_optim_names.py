@@ -97,10 +97,11 @@ def test_importing_hf_sai_after_the_host_works_too():
     code = """
 import transformers.trainer, transformers
 import hf_sai
-args = transformers.TrainingArguments("unused", optim="sgd_sai", optim_args="momentum=0.5")
-print(transformers.Trainer.get_optimizer_cls_and_kwargs(args))
+args = transformers.TrainingArguments("unused", optim="sgd_sai", optim_args="momentum=0.5", learning_rate=0.25)
+cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+print(cls.__module__, cls.__name__, sorted(kwargs.items()))
 """
-    assert "SGDSaI" in run_python(code)
+    assert run_python(code) == "hf_sai.optim.sgd_sai SGDSaI [('lr', 0.25), ('momentum', 0.5), ('weight_decay', 0.0)]\n"
 
 
 def test_sft_config_and_its_parser():

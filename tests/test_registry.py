@@ -7,7 +7,8 @@ import inspect
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama, token_blocks
+from support.models import tiny_llama, token_blocks
+from support.trainers import arguments
 from transformers import Trainer
 
 import hf_sai
@@ -165,3 +166,22 @@ def test_one_record_is_a_choice_everywhere_and_goes_again(tmp_path):
         arguments(tmp_path, optim="dummy")
     with pytest.raises(OptionError, match="'dummy' is not an optimizer of hf_sai"):
         unregister_record("dummy")
+
+
+@pytest.mark.parametrize("record", list_records(), ids=lambda record: record.name)
+def test_defaults_are_what_an_optimizer_is_made_with(record):
+    group = record.cls([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]
+    shown = {option.name for option in record.options if not option.routing and option.name in group}
+    assert {"momentum", "eps", "maximize"} <= shown
+    assert {name: record.default(name) for name in shown} == {name: group[name] for name in shown}
+
+
+def test_defaults_are_the_papers():
+    """Momentum and decay of arXiv 2412.11768, Algorithm 1; betas and eps of Adam where SWAN hands tensors to it."""
+    sgd_sai, swan = get_record("sgd_sai"), get_record("swan")
+    assert {name: sgd_sai.default(name) for name in ("momentum", "weight_decay", "eps", "measure_steps")} == {
+        "momentum": 0.9, "weight_decay": 1e-2, "eps": 1e-8, "measure_steps": 1
+    }  # fmt: skip
+    assert {name: swan.default(name) for name in ("betas", "eps", "momentum", "weight_decay")} == {
+        "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.0, "weight_decay": 0.0
+    }  # fmt: skip

@@ -121,6 +121,7 @@ def test_no_file_holds_the_token_and_the_report_holds_no_path(tmp_path):
         assert "/" not in text
 
 
+@pytest.mark.slow
 def test_training_args_load_in_a_process_without_hf_sai(tmp_path):
     trainer = SaITrainer(tiny_llama(), arguments(tmp_path, hub_token=TOKEN, max_steps=1), train_dataset=token_blocks())
     trainer.train()

@@ -195,8 +195,25 @@ class NamedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.__dict__.get("_has_gradients"):
+            self._look_for_gradients()
         self._advance()
         return loss
+
+    def _look_for_gradients(self) -> None:
+        """One warning where there is none in the first step: another model may be the one that is trained."""
+        found = self._any_gradient()
+        if not found and "_has_gradients" not in self.__dict__:
+            logger.warning(
+                "%s.step() finds no gradient in any of its %d tensors. Where PEFT, quantisation or something else has "
+                "replaced the model since, make the optimizer from the model that is trained.",
+                type(self).__name__,
+                sum(len(group["params"]) for group in self.param_groups),
+            )
+        self._has_gradients = found
+
+    def _any_gradient(self) -> bool:
+        return any(param.grad is not None for *_, param in self._params())
 
     def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
         """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""

@@ -74,7 +74,12 @@ class MeasuredScales(NamedOptimizer):
 
         A gradient that is zero, constant or not finite is left out. Collective where gradients are sharded.
         """
-        there = [place for place in self._params() if place[2].grad is not None or self._pieces is not None]
+        there = (place for place in self._params() if place[2].grad is not None or self._pieces is not None)
+        return self._snr_of(there)
+
+    def _snr_of(self, places: Iterable[tuple[int, int, Tensor]]) -> dict[str, float]:
+        """g-SNR of the gradients of some tensors, which have one."""
+        there = list(places)
         moments = self._moments(there)
         return {
             self._name(group, index): gradient_snr(moment, self.param_groups[group]["eps"])
@@ -220,12 +225,14 @@ class MeasuredScales(NamedOptimizer):
 
     def _count_step(self, moments: list[GradientMoments]) -> None:
         """
-        Counts this step, unless nothing has been measured yet and all gradients are zero.
+        Counts this step, as those who call `step()` count, but for one that torch.distributed.checkpoint makes.
 
-        torch.distributed.checkpoint makes such a step to create the state before it loads; it must leave no trace.
+        It makes the state before it loads: nothing was measured yet, all gradients are zero, and so are learning
+        rates. That must leave no trace.
         """
         started = any(state["gsnr_step"] for state in self.state.values()) if moments else True
-        if not started and all(moment.is_zero for moment in moments):
+        without_trace = not started and all(moment.is_zero for moment in moments)
+        if without_trace and all(float(group["lr"]) == 0.0 for group in self.param_groups):
             return
         for group in self.param_groups:
             group["step"] += 1

@@ -127,21 +127,23 @@ class ReportData:
     def drift(self) -> list[dict[str, Any]]:
         """
         How g-SNR changed, one entry per tracked step: the smallest, median and largest ratio to the first measurement
-        over the tensors, and the median by kind of tensor.
+        over the tensors, and the median by kind of tensor. A step in which no tensor could be compared is left out.
         """
         first = {row.name: row for row in self.tensors if row.status in ("measured", "given")}
         entries = []
         for measured in self.history:
             ratios = {name: gsnr / first[name].gsnr for name, gsnr in measured["gsnr"].items() if name in first}
+            if not ratios:
+                continue
             kinds: dict[str, list[float]] = {}
             for name, ratio in ratios.items():
                 kinds.setdefault(first[name].kind, []).append(ratio)
             entries.append(
                 {
                     "step": measured["step"],
-                    "min": min(ratios.values(), default=0.0),
+                    "min": min(ratios.values()),
                     "median": median(ratios.values()),
-                    "max": max(ratios.values(), default=0.0),
+                    "max": max(ratios.values()),
                     "kinds": {kind: median(values) for kind, values in kinds.items()},
                 }
             )

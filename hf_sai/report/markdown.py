@@ -13,7 +13,7 @@ def report_markdown(report: ReportData) -> str:
     """The report as Markdown."""
     parts = [f"## {_text(report.optimizer)}", _table(("", "value"), [*facts(report), *settings(report)])]
     parts += [_table(table.columns, table.rows) for table in words_of(report).tables(report)]
-    if report.history:
+    if report.drift():
         history = history_table(report)
         parts += ["g-SNR, as a ratio to the first measurement:", _table(history.columns, history.rows)]
     return "\n\n".join(parts) + "\n"
