@@ -51,12 +51,14 @@ def register() -> None:
     for record in list_records():
         _on_record(record, True)
     watch_records(_on_record)
+    trainer_patches.check_deepspeed(__name__, _check_deepspeed)
     trainer_patches.watch_trainings(begin_training, lambda trainer: end_training(getattr(trainer, "optimizer", None)))
 
 
 def unregister() -> None:
     """Undoes [`register`]: the host's enum, table, parser and trainings are as they were."""
     trainer_patches.unwatch_trainings()
+    trainer_patches.remove_deepspeed_check(__name__)
     watch_records(_on_record, watching=False)
     for record in list_records():
         _on_record(record, False)
@@ -68,7 +70,6 @@ def _on_record(record: OptimizerRecord, there: bool) -> None:
         trainer_patches.add_optimizer(record.name, functools.partial(_handle, record))
     else:
         trainer_patches.remove_optimizer(record.name)
-    trainer_patches.remove_deepspeed_check(__name__)
 
 
 def optimizer_cls_and_kwargs(

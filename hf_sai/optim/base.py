@@ -158,18 +158,6 @@ class NamedOptimizer(Optimizer):
         """Whether DeepSpeed ZeRO has put flat buffers in the place of the tensors."""
         return self._taken_over() is not None
 
-    def measure_in_next_step(self) -> None:
-        """Has all gradients of the next step measured, where a host gives no look at them before; see `measured`."""
-        taken = self._taken_over()
-        if taken is not None:
-            taken.measure_next = True
-
-    @property
-    def measured(self) -> dict[str, float] | None:
-        """What the step after [`NamedOptimizer.measure_in_next_step`] measured, by name; once."""
-        taken = self._taken_over()
-        return None if taken is None else taken.take_measured()
-
     def _every_group(self) -> list[dict[str, Any]]:
         """All groups, also while DeepSpeed shows one only."""
         return self.__dict__.get("_all_groups", self.param_groups)
@@ -244,8 +232,12 @@ class NamedOptimizer(Optimizer):
         if taken is not None:
             taken.advance()
             return
-        self._begin()
+        self._look()
         self._move(self._params())
+
+    def _look(self) -> None:
+        """What comes before anything moves."""
+        self._begin()
 
     def _begin(self) -> None:
         raise NotImplementedError

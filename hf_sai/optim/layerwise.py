@@ -261,6 +261,11 @@ class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
         """Has the next backward pass measure each gradient before it is used, for [`~SGDSaILayerwise.measure_now`]."""
         self._tracked = {}
 
+    def measure_in_next_step(self) -> None:
+        """As [`SGDSaI`]'s; the pass before it belongs to it."""
+        super().measure_in_next_step()
+        self.measure_next_pass()
+
     def measure_now(self) -> dict[str, float]:
         """As [`SGDSaI.measure_now`]; with what was measured since [`~SGDSaILayerwise.measure_next_pass`]."""
         found = (self._tracked or {}) | super().measure_now()

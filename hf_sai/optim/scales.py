@@ -87,6 +87,20 @@ class MeasuredScales(NamedOptimizer):
             if moment.is_finite and not moment.is_zero and not moment.is_constant
         }
 
+    def measure_in_next_step(self) -> None:
+        """Has the next step do what [`MeasuredScales.measure_now`] does, before it moves anything."""
+        self.per_tensor.__dict__["_measures_next"] = True
+
+    def take_measured(self) -> dict[str, float] | None:
+        """What was measured after [`MeasuredScales.measure_in_next_step`], once; `None` where nothing was."""
+        found: dict[str, float] | None = self.per_tensor.__dict__.pop("_measured_then", None)
+        return found
+
+    def _look(self) -> None:
+        if self.__dict__.pop("_measures_next", False):
+            self.__dict__["_measured_then"] = self.measure_now()
+        super()._look()
+
     def take_scales(self, rows: Iterable[Any]) -> None:
         """
         Scales to use instead of measuring, as the constructor's `gsnr`; before the first step.

@@ -25,7 +25,7 @@ from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
 from .whitening import Method, check_whitening, swan_direction
-from .zero_swan import PieceOfMatrix, finite_everywhere, whiten_pieces
+from .zero_swan import move_pieces
 
 
 logger = logging.getLogger(__name__)
@@ -245,32 +245,7 @@ class SWAN(NamedOptimizer):
         self._warn_not_finite()
 
     def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
-        self._update(self._move_pieces(list(places)) if self._pieces is not None else places)
-
-    def _move_pieces(self, places: list[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
-        """Updates the matrices of which ZeRO has pieces; returns Adam's, whose pieces are tensors like others."""
-        assert self._pieces is not None
-        to_adam = [place for place in places if self.param_groups[place[0]]["routes"][place[1]] == ADAM]
-        found = [place for place in places if self.param_groups[place[0]]["routes"][place[1]] != ADAM]
-        if not found:
-            return to_adam
-        gradients = [gradient_of(param) for _, _, param in found]
-        flags = finite_everywhere(gradients, self._pieces)
-        self._tell_of([self._name(group, index) for group, index, _ in found], flags)
-        matrices = []
-        for (group_index, index, param), source, finite in zip(found, gradients, flags, strict=True):
-            group, state = self.param_groups[group_index], self.state[param]
-            if group["momentum"]:
-                weight = 1.0 - group["momentum"] if "momentum_buffer" in state else 1.0
-                buffer = state.setdefault("momentum_buffer", torch.zeros_like(param.detach()))
-                source = buffer.lerp_(torch.where(finite, source, buffer), weight)
-            shape, where = self.shape_of(param), self._pieces.where(param)
-            matrices.append(PieceOfMatrix(group, group["routes"][index], shape, param.detach(), source, where, finite))
-            state["step"] += 1
-        default = CPU_BATCH_BYTES if flags.device.type == "cpu" else ACCELERATOR_BATCH_BYTES
-        bound = min(matrix.group["max_batch_bytes"] or default for matrix in matrices)
-        whiten_pieces(matrices, self._pieces, _directions_of, bound // BYTES_PER_ELEMENT)
-        return to_adam
+        self._update(places if self._pieces is None else move_pieces(self, list(places), _directions_of, _elements))
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
         self._update([(group_index, index, param)])
@@ -418,6 +393,12 @@ def _directions(grads: Tensor, like: _Matrix) -> Tensor:
 
 def _directions_of(group: dict[str, Any], route: str, grads: Tensor) -> Tensor:
     return _directions(grads, _Matrix(group, "", grads, grads, layout_of(route)))
+
+
+def _elements(group: dict[str, Any], device: torch.device) -> int:
+    """That are whitened at once."""
+    default = CPU_BATCH_BYTES if device.type == "cpu" else ACCELERATOR_BATCH_BYTES
+    return (group["max_batch_bytes"] or default) // BYTES_PER_ELEMENT
 
 
 def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:
