@@ -98,6 +98,11 @@ def bounded(gradient: Tensor, norm: float, is_a: bool) -> Tensor:
     return wide * ((A_RATE if is_a else 1.0) / wide.norm().clamp(min=norm))
 
 
+def first_factor(norm: float, gradient_norm: float, is_a: bool) -> float:
+    """What [`bounded`] multiplies a gradient of that norm by; `norm` as there."""
+    return (A_RATE if is_a else 1.0) / max(norm, gradient_norm)
+
+
 def norm_of(gradient: Tensor) -> float:
     """The norm, read back from the device; needed until a pair's is known."""
     return _wide(gradient).norm().item()

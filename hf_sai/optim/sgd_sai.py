@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from .base import check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
 from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
-from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norm_of
+from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, first_factor, norm_of
 from .scales import MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
 from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
@@ -53,8 +53,8 @@ class SGDSaI(MeasuredScales):
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
-    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), and
-    where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
+    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), for
+    the report `gradient_norm` and `weight_rms` (float) at the first informative gradient, and where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
     AdamW's. The buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over
     memory of its own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with.
     State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
@@ -250,6 +250,10 @@ class SGDSaI(MeasuredScales):
         state = super()._new_state(group_index, index)
         return {**state, "pair_norm": 0.0} if self.param_groups[group_index]["paired"] else state
 
+    def _first_factor(self, group_index: int, index: int, state: dict[str, Any]) -> float:
+        norm = state.get("pair_norm", 0.0)  # 0.0 until the pair has had a gradient
+        return first_factor(norm, state.get("gradient_norm", 0.0), is_a=index % 2 == 0) if norm else 1.0
+
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         super()._make_state(group_index, index, param)
         if self.param_groups[group_index]["momentum"] != 0:
@@ -328,14 +332,13 @@ class SGDSaI(MeasuredScales):
         ]
         stuck = []
         normalizer = self._normalizer()
-        for (group, name, param, moment), values in zip(
-            bf16, gradient_moments([param.detach() for _, _, param, _ in bf16]), strict=True
-        ):
+        for group, name, param, moment in bf16:
+            size = self.state[param]["weight_rms"] * math.sqrt(param.numel())
             peak = float(self.param_groups[group].get("initial_lr", self.param_groups[group]["lr"]))
             norm = 1.0 if self.param_groups[group]["paired"] else moment.norm
             move = peak * self.state[param]["gsnr"] / normalizer * norm
-            if 0.0 < move < BF16_RESOLUTION * values.norm:
-                stuck.append((move / values.norm, name))
+            if 0.0 < move < BF16_RESOLUTION * size:
+                stuck.append((move / size, name))
         if stuck:
             self.__dict__["_warned_bf16"] = True
             logger.warning(
