@@ -23,8 +23,8 @@ class MeasuredScales(NamedOptimizer):
     An optimizer whose tensors have a scale that is measured from their first informative gradients.
 
     Groups hold `eps`, `normalize` and `measure_steps`, and the same in each `step`, `gsnr_max` and `gsnr_max_step`.
-    The state of a tensor holds `gsnr`, `gsnr_step`, `gsnr_count`, `gsnr_fallback` and `gsnr_given`; see [`SGDSaI`]. For
-    the report it holds `gradient_norm` and `weight_rms` as they were at the first informative gradient.
+    The state of a tensor holds `gsnr`, `gsnr_step`, `gsnr_count`, `gsnr_fallback` and `gsnr_given`; see [`SGDSaI`].
+    For the report it holds `gradient_norm` and `weight_rms` as they were at the first informative gradient.
     """
 
     _progress = ("lr", "step", "gsnr_max", "gsnr_max_step")

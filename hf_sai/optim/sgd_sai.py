@@ -53,13 +53,13 @@ class SGDSaI(MeasuredScales):
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
-    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), for
-    the report `gradient_norm` and `weight_rms` (float) at the first informative gradient, and where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
-    AdamW's. The buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over
-    memory of its own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with.
-    State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
-    came nor on parameters that a sharding library replaces after construction. `state_dict()` holds plain values and
-    tensors only.
+    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool);
+    `gradient_norm` and `weight_rms` (float) as they were at the first informative gradient, for the report; and where
+    `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of AdamW's. The
+    buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over memory of its
+    own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with. State is made for
+    every trainable tensor in the first `step()`, so that its keys depend neither on which gradients came nor on
+    parameters that a sharding library replaces after construction. `state_dict()` holds plain values and tensors only.
 
     In a group with `paired=True`, which `hf_sai.param_groups(model, "sgd_sai", lora_policy="paired")` makes, the
     tensors are the factors A and B of LoRA in turn, and their gradients are bounded by the norm of each pair's first

@@ -154,9 +154,9 @@ class ReportData:
 
     def by_kind(self) -> list[dict[str, Any]]:
         """
-        One entry per kind of tensor: number, shape, steps, status, medians of scale, ratio, learning rate, first update
-        and what it moved the weights by (0.0 where not known) over the tensors that are not pending, and the range of
-        the learning rate ([`ReportData.learning_rate_range`]).
+        One entry per kind of tensor: number, shape, steps, status, and over the tensors that are not pending medians
+        of scale, ratio, learning rate, first update and what it moved the weights by (0.0 where not known), and the
+        range of the learning rate ([`ReportData.learning_rate_range`]).
         """
         return [{"kind": kind, **self._entry(rows)} for kind, rows in grouped(self.tensors, "kind").items()]
 

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .data import ReportData
-from .facts import facts, history_table, settings, words_of
+from .facts import facts, history_table, origin, settings, words_of
 
 
 def report_markdown(report: ReportData) -> str:
     """The report as Markdown."""
-    parts = [f"## {_text(report.optimizer)}", _table(("", "value"), [*facts(report), *settings(report)])]
-    parts += [_table(table.columns, table.rows) for table in words_of(report).tables(report)]
+    words = words_of(report)
+    parts = [f"## {_text(report.optimizer)}", *filter(None, [_text(origin(report))])]
+    parts.append(_table(("", "value"), [*facts(report), *settings(report)]))
+    parts += [_table(table.columns, table.rows) for table in words.tables(report)]
+    parts += filter(None, ["\n".join(f"- {_text(sentence)}" for sentence in words.explanations(report))])
     if report.history:
         history = history_table(report)
         parts += ["g-SNR, as a ratio to the first measurement:", _table(history.columns, history.rows)]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .schema import LARGEST
+from .schema import LARGEST, SMALLEST
 
 
 Row = TypeVar("Row", bound="TensorRow | RouteRow")
@@ -30,8 +30,8 @@ class TensorRow:
         gsnr (`float`): As measured; `sqrt(numel)` for a fallback; 0.0 while pending.
         gsnr_over_sqrt_numel (`float`): What the gradient adds to the tensor's size: 1.0 for a gradient of zero mean.
         scale (`float`): What the learning rate is multiplied by.
-        learning_rate (`float`): What its first gradient is multiplied by at the peak of the schedule: the learning rate
-            of its group times `scale` times `factor`.
+        learning_rate (`float`): What its first gradient is multiplied by at the peak of the schedule: the learning
+            rate of its group times `scale` times `factor`.
         step (`int`): Optimizer step of its first informative gradient, from 1; 0 while pending.
         status (`str`): `"measured"`, `"fallback"`, `"given"` or `"pending"`.
         factor (`float`, *optional*, defaults to 1.0): What the gradient is multiplied by before all else: of LoRA's
@@ -60,12 +60,13 @@ class TensorRow:
     def update_rms(self) -> float | None:
         """Root mean square of the first update, at the peak learning rate; `None` where it is not known."""
         found = self.learning_rate * self.gradient_norm / math.sqrt(self.numel) if self.numel else 0.0
-        return found or None
+        return min(max(found, SMALLEST), LARGEST) if found else None
 
     @property
     def moved(self) -> float | None:
         """`update_rms` over the root mean square of the weights; `None` where one is 0 or not known."""
-        return self.update_rms / self.weight_rms if self.update_rms and self.weight_rms else None
+        found = self.update_rms / self.weight_rms if self.update_rms and self.weight_rms else 0.0
+        return min(max(found, SMALLEST), LARGEST) if found else None
 
     @property
     def settled(self) -> bool:
@@ -182,19 +183,6 @@ def median(values: Iterable[float]) -> float:
     """The upper median; 0.0 of nothing."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else 0.0
-
-
-def scale_limits(rows: Iterable[TensorRow]) -> tuple[float, float]:
-    """Ends of a scale of colours, in which small differences are not blown up to the whole range."""
-    scales = [row.scale for row in rows if row.settled]
-    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
-    spread = math.sqrt(max(1.0, 4.0 / (high / low)))
-    return low / spread, high * spread
-
-
-def mean_scale(rows: Sequence[TensorRow]) -> float:
-    """Geometric mean over tensors that are not pending."""
-    return math.exp(sum(math.log(row.scale) for row in rows) / len(rows))
 
 
 def moved_most(drift: list[dict[str, Any]], count: int) -> list[str]:
