@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jinja2
 
 from .data import ReportData
 from .facts import (
+    Cell,
     Quantity,
     cut,
     facts,
@@ -27,7 +28,9 @@ from .facts import (
 from .rows import RouteRow, TensorRow, cells_of, layers_of, moved_most
 
 
-MAX_ROWS = 10_000  # of the table; a page of 5 MB
+MAX_ROWS = 20_000  # of the table; a page of 7 MB
+DRAWN_ROWS = 2_000  # of them; a browser takes seconds for more, and shows the others when they are looked for
+MAX_MARKS = 2_000
 MAX_KINDS = 60  # of the map
 MAX_LINES = 8  # of g-SNR over time
 ROW_HEIGHT, LABEL_WIDTH, WIDTH, HEIGHT, MARGIN = 20, 210, 760, 260, 46
@@ -67,9 +70,15 @@ def report_html(report: ReportData) -> str:
         legend=words.legend(report),
         explanations=words.explanations(report),
         columns=words.columns,
-        rows=[words.cells(report, row) for row in shown],
+        rows=[words.cells(report, row) for row in shown[:DRAWN_ROWS]],
+        more=[_plain_cells(words.columns, words.cells(report, row)) for row in shown[DRAWN_ROWS:]],
         count=len(report.rows),
     )
+
+
+def _plain_cells(columns: Sequence[tuple[str, bool]], cells: list[Cell]) -> list[Any]:
+    """A row for the page's script: texts, and of a number what it sorts by."""
+    return [[*cell] if number else cell[0] for (_, number), cell in zip(columns, cells, strict=True)]
 
 
 def _memory(report: ReportData) -> list[tuple[str, str, float]]:
@@ -132,9 +141,11 @@ def colour_of(scale: float, limits: tuple[float, float]) -> str:
 
 def _depth(report: ReportData) -> dict[str, Any] | None:
     """One mark per tensor: layer against g-SNR / sqrt(numel), with what theory says of a gradient of zero mean."""
-    settled = report.settled[:MAX_ROWS]
+    settled = report.settled
     if not settled:
         return None
+    if len(settled) > MAX_MARKS:  # the others are next to the line
+        settled = sorted(settled, key=lambda row: -row.gsnr_over_sqrt_numel / theory(row.numel))[:MAX_MARKS]
     layers = _places(settled)
     kinds = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in settled))}
     ratios = [row.gsnr_over_sqrt_numel for row in settled]
@@ -158,9 +169,10 @@ def _depth(report: ReportData) -> dict[str, Any] | None:
             for layer, index in layers.items()
             if index % every == 0
         ],
+        "hidden": len(report.settled) - len(marks),
         "ticks": axis.ticks(),
         "line": "".join(line),
-        "label": min(map(axis.place, expected)) - 6,
+        "label": max(map(axis.place, expected)) + 16,  # no mark is under the line
         "width": width,
         "height": HEIGHT,
         "margin": MARGIN,

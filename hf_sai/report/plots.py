@@ -74,13 +74,14 @@ def _scales_figure(report: ReportData) -> Figure:
     _draw_cells(figure, left, report, cells, shown, hidden=len(kinds) - len(shown))
     _draw_rates(middle, report, shown)
     _draw_against_size(right, report)
-    about = f"{cut(origin(report), 60)}  |  " if origin(report) else ""
-    _title(figure, f"{report.optimizer}  |  {about}{words_of(report).headline(report)}")
+    _title(figure, report)
     return figure
 
 
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, fontsize=13, x=0.01, ha="left", weight="bold", parse_math=False)
+def _title(figure: Figure, report: ReportData) -> None:
+    about = [report.optimizer, *filter(None, [origin(report)])]
+    lines = [shorten(", ".join(about), 110, placeholder="..."), words_of(report).headline(report)]
+    figure.suptitle("\n".join(lines), fontsize=13, x=0.01, ha="left", weight="bold", parse_math=False)
 
 
 def diff_png(diff: Comparison, ratio: float | None = None) -> bytes:
@@ -156,8 +157,7 @@ def _routes_figure(report: ReportData) -> Figure:
     ]
     if handles:
         axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
-    about = f"{cut(origin(report), 60)}  |  " if origin(report) else ""
-    _title(figure, about + words.headline(report))
+    _title(figure, report)
     return figure
 
 
@@ -218,7 +218,7 @@ def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kin
     for spine in axes.spines.values():
         spine.set_visible(False)
     if report.settled:
-        bar = figure.colorbar(mappable, ax=axes, label=quantity.name, pad=0.01)
+        bar = figure.colorbar(mappable, ax=axes, pad=0.01)
         _plain_numbers(bar.ax.yaxis)
     marks = [
         Patch(facecolor="#f2f2f2", edgecolor=PENDING_COLOUR, hatch="////", lw=0, label="pending, no gradient yet"),
@@ -226,7 +226,7 @@ def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kin
     ]
     marks = [mark for mark, status in zip(marks, ("pending", "fallback"), strict=True) if report.by_status(status)]
     if marks:
-        axes.legend(handles=marks, loc="upper left", bbox_to_anchor=(0.0, -0.09), ncols=2, fontsize=9, frameon=False)
+        figure.legend(handles=marks, loc="outside lower left", ncols=2, fontsize=9, frameon=False)
 
 
 def _draw_cell(
@@ -260,9 +260,11 @@ def _draw_rates(axes: Any, report: ReportData, kinds: list[str]) -> None:
         some = [row for row in rows if (row.status == "fallback") == fallback]
         _scatter(axes, [row.learning_rate for row in some], [places[row.kind] for row in some], fallback)
     if rows:
+        low, high = (end(row.learning_rate for row in rows) for end in (min, max))
         axes.set_xscale("log")
-        _plain_numbers(axes.xaxis)
-        axes.xaxis.get_major_locator().set_params(numticks=4)
+        _plain_numbers(axes.xaxis, (1.0, 2.0, 5.0) if high < 10 * low else (1.0, 3.0) if high < 100 * low else (1.0,))
+        if high < 3 * low:
+            axes.set_xticks([low, high] if high > 1.1 * low else [low])
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_yticks(range(len(kinds)), [""] * len(kinds))
     axes.tick_params(axis="y", length=0)
@@ -305,18 +307,18 @@ def _draw_against_size(axes: Any, report: ReportData) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plain_numbers(axis: Any) -> None:
+def _plain_numbers(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
     """20, not 2 x 10^1; as many ticks as can be read."""
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=8))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def _ratio_title(settled: list[TensorRow]) -> str:
     ratios = [row.gsnr_over_sqrt_numel for row in settled]
     if not ratios:
         return "scale against size"
-    return f"scale against size: g-SNR is {span(min(ratios), max(ratios))} sqrt(n)"
+    return f"g-SNR / sqrt(n): {span(min(ratios), max(ratios))}"
 
 
 def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
