@@ -186,13 +186,13 @@ class Scales(Groups):
 
     heading = "Scale"
     layout = (
-        ("kind", "tensors", 28),
+        ("kind", "tensors", 27),
         ("tensors", "no.", -4),
         ("shape", "shape", -11),
         ("update / weight", "upd/weight", -10),
         ("learning rate", "rate", -8),
         ("scale", "scale", -7),
-        ("step", "step", -6),
+        ("step", "step", -7),
     )
     columns = (
         ("tensor", False),
@@ -309,9 +309,9 @@ def tip_of(row: TensorRow) -> str:
     """One tensor's details in a line."""
     if not row.settled:
         return f"{row.name}: pending"
-    update = f"update {row.update_rms:.3g} (RMS), / weight {moved_text(row.moved, row.update_rms)}, " * bool(
-        row.update_rms
-    )
+    update = ""
+    if row.update_rms:
+        update = f"update {row.update_rms:.3g} (RMS), / weight {moved_text(row.moved, row.update_rms)}, "
     return (
         f"{row.name}: {update}learning rate {row.learning_rate:.3g}, scale {row.scale:.4g}, g-SNR {row.gsnr:.4g}, "
         f"{row.gsnr_over_sqrt_numel:.4f} of sqrt(numel), {row.status} at step {row.step}"

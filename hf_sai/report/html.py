@@ -70,10 +70,16 @@ def report_html(report: ReportData) -> str:
         legend=words.legend(report),
         explanations=words.explanations(report),
         columns=words.columns,
-        rows=[words.cells(report, row) for row in shown[:DRAWN_ROWS]],
-        more=[_plain_cells(words.columns, words.cells(report, row)) for row in shown[DRAWN_ROWS:]],
+        rows=[_fold(words.cells(report, row), prefix) for row in shown[:DRAWN_ROWS]],
+        more=[_plain_cells(words.columns, _fold(words.cells(report, row), prefix)) for row in shown[DRAWN_ROWS:]],
         count=len(report.rows),
     )
+
+
+def _fold(cells: list[Cell], prefix: str) -> list[Cell]:
+    """A row whose name begins with an ellipsis (and what keeps a line from breaking there) in place of the prefix."""
+    name = cells[0][0]
+    return [(f"…\u2060{name[len(prefix) :]}", name), *cells[1:]] if prefix and name.startswith(prefix) else cells
 
 
 def _plain_cells(columns: Sequence[tuple[str, bool]], cells: list[Cell]) -> list[Any]:

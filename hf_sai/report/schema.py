@@ -86,7 +86,8 @@ def parse(text: str) -> dict[str, Any]:
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         found = reprlib.repr(schema) if isinstance(content, dict) else f"that of a {type(content).__name__}"
         raise ReportError(
-            f"schema must be from 1 to {SCHEMA} but is {found}; a newer hf_sai wrote it, or it is no g-SNR report"
+            f"schema must be {' or '.join(map(str, range(1, SCHEMA + 1)))} but is {found}; a newer hf_sai wrote it, "
+            "or it is no g-SNR report"
         )
     fields = {key: value for key, value in content.items() if key != "schema"}
     for added in range(schema + 1, SCHEMA + 1):
