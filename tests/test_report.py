@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 
@@ -280,6 +281,49 @@ def test_picture_of_nothing_measured_yet():
     assert png[:4] == b"\x89PNG"
     assert "1 pending" in figure.get_suptitle()
     assert [bool(cell.get_hatch()) for cell in cells] == [True]
+
+
+def test_names_fonts_and_a_foreign_matplotlibrc_do_not_cost_the_picture(report):
+    """The picture is the same whatever a matplotlibrc says; a name of 300 letters leaves it its size."""
+    import matplotlib
+    from matplotlib.image import imread
+
+    from hf_sai.report.plots import diff_png, history_png, report_png
+
+    odd = ["x" * 300, "$a_{b$", "图层.重み", r"\frac{1}{2}"]
+    rows = [dataclasses.replace(report.tensors[0], kind=kind, name=f"{kind}.weight") for kind in odd]
+    history = [{"step": step, "gsnr": {row.name: row.gsnr * step for row in rows}} for step in (1, 2)]
+    named = dataclasses.replace(report, tensors=rows, history=history, run={"model": "图" * 300})
+    draw = [lambda: report_png(named), lambda: history_png(named), lambda: diff_png(named.diff(named))]
+    plain = [each() for each in draw]
+    foreign = {
+        "text.usetex": True,
+        "font.family": "No Such Font",
+        "savefig.dpi": 17,
+        "savefig.format": "pdf",
+        "axes.facecolor": "black",
+        "figure.autolayout": True,
+    }
+    with matplotlib.rc_context(foreign):
+        assert [each() for each in draw] == plain
+        assert matplotlib.rcParams["savefig.dpi"] == 17
+    (height, width, _) = imread(io.BytesIO(plain[0])).shape
+    assert (width, height) == (1500, 480)
+    labels = [label.get_text() for label in named.plot().axes[0].get_yticklabels()]
+    assert labels == ["..." + "x" * 37, *odd[1:]]
+
+
+def test_the_map_shows_the_share_of_the_weights_or_the_update_or_the_scale(report):
+    """The update where a matrix starts at zero, as LoRA's B do; the scale where an older report knows no norm."""
+    first = report.tensors[0]
+    vector = dataclasses.replace(report.tensors[3], status="measured", gsnr=1.7, scale=0.4, gradient_norm=1.0)
+    for changed, title in (
+        ([first, dataclasses.replace(vector, weight_rms=0.0)], "RMS of update / weight"),
+        ([first, dataclasses.replace(first, weight_rms=0.0)], "RMS of update"),
+        ([dataclasses.replace(first, gradient_norm=0.0)], "scale"),
+    ):
+        axes = dataclasses.replace(report, tensors=changed).plot().axes[0]
+        assert axes.get_title(loc="left").endswith(title)
 
 
 # ---- SWAN ----
