@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SaIConfig
 from .keeper import FILES, ReportKeeper
-from .live import assert_optimizer, check_sharded, count_measurements, name_parameters, unwrap_optimizer
-from .optim.measure import measure_gsnr
-from .optim.registry import OptionError, list_records, record_of
+from .live import (
+    begin_training,
+    check_sharded,
+    count_measurements,
+    name_parameters,
+    optim_name,
+    unwrap_optimizer,
+)
+from .optim.registry import list_records, record_of
+from .premeasure import premeasure
 from .report import GSNRReport, ReportError, thinned
 
 
@@ -81,9 +85,8 @@ class GSNRCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks the optimizer and the learning rate before the first step."""
-        names = {record.name for record in list_records()}
-        if optim_name(args) in names:
-            assert_optimizer(kwargs.get("optimizer"), optim_name(args))
+        begin_training(args, kwargs.get("model"), kwargs.get("optimizer"))
+        if optim_name(args) in {record.name for record in list_records()}:
             warn_if_learning_rate_is_adams(args)
         self._keeper.clear()
         self._tracked = None
@@ -102,7 +105,23 @@ class GSNRCallback(TrainerCallback):
             self._keeper.report = report
             self._write_news(args, state)
         elif self.config.gsnr_premeasure_batches:
-            premeasure(live, kwargs["model"], kwargs["train_dataloader"], self.config.gsnr_premeasure_batches, args)
+            premeasure(live, self.trainer, kwargs["train_dataloader"], self.config.gsnr_premeasure_batches)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What updates in the backward pass, layer-wise or in DeepSpeed, is told before it to measure gradients."""
+        live = unwrap_optimizer(kwargs.get("optimizer"))
+        if not self._is_tracked(state.global_step + 1):
+            return
+        if hasattr(live, "measure_next_pass"):
+            live.measure_next_pass()
+        elif getattr(live, "is_partitioned", False) and hasattr(live, "measure_now"):
+            live.measure_in_next_step()
+
+    def _is_tracked(self, step: int) -> bool:
+        every = self.config.gsnr_track_steps
+        return every > 0 and step % every == 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,8 +129,7 @@ class GSNRCallback(TrainerCallback):
         """Measures g-SNR anew where it is tracked; the gradients are those that the update will use."""
         step = state.global_step + 1
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        every = self.config.gsnr_track_steps
-        if every and step % every == 0 and hasattr(live, "measure_now"):
+        if self._is_tracked(step) and hasattr(live, "measure_now") and not live.is_partitioned:
             self._tracked = {"step": step, "gsnr": live.measure_now()}
 
     def on_step_end(
@@ -126,10 +144,14 @@ class GSNRCallback(TrainerCallback):
             self._write_news(args, state)
             self._log(state, {f"{report.log_prefix}/{key}": value for key, value in report.summary().items()})
         tracked, self._tracked = self._tracked, None
+        if tracked is None and self._is_tracked(state.global_step) and (found := live.measured) is not None:
+            tracked = {"step": state.global_step, "gsnr": found}
         if tracked is not None and self.report is not None:
             history = thinned([*self.report.history, tracked])
             self._keeper.report = report = dataclasses.replace(self.report, history=history)
-            self._log(state, {"gsnr/ratio_to_first_median": report.drift()[-1]["median"]})
+            drift = report.drift()
+            if drift and drift[-1]["step"] == tracked["step"]:
+                self._log(state, {"gsnr/ratio_to_first_median": drift[-1]["median"]})
 
     def _read(self, args: TrainingArguments, state: TrainerState, live: Any, scheduler: Any) -> GSNRReport:
         return self._keeper.read(live, _run_facts(args, state), schedule_range(scheduler, state.max_steps))
@@ -216,41 +238,6 @@ def _with_earlier_facts(report: GSNRReport, folder: str | os.PathLike[str] | Non
     return dataclasses.replace(report, run=before.run, history=history)
 
 
-def premeasure(optimizer: Any, model: Any, batches: Iterable[Any], count: int, args: TrainingArguments) -> None:
-    """
-    Gives the optimizer scales from batches before its first step; the training then sees the same random numbers.
-
-    Args:
-        optimizer (`SGDSaI`): Without a wrapper, before its first step.
-        model (`torch.nn.Module`): As it is trained.
-        batches (iterable): The training data.
-        count (`int`): How many batches.
-        args (`transformers.TrainingArguments`): For the number of processes.
-
-    Raises:
-        `OptionError`: There are several processes, or the optimizer measures nothing.
-    """
-    if not hasattr(optimizer, "take_scales"):
-        raise OptionError(
-            f"gsnr_premeasure_batches needs an optimizer that measures g-SNR, but {type(optimizer).__name__} runs; "
-            "set it to 0"
-        )
-    if args.world_size > 1:
-        raise OptionError(
-            f"gsnr_premeasure_batches works in one process, but there are {args.world_size}; set "
-            "optim_args='measure_steps=...' instead, which averages over all of them"
-        )
-    state = torch.get_rng_state()
-    training = model.training
-    model.train()
-    device = next(model.parameters()).device
-    first = itertools.islice(batches, count)
-    rows = measure_gsnr(model, ({key: value.to(device) for key, value in batch.items()} for batch in first))
-    model.train(training)
-    optimizer.take_scales(rows)
-    torch.set_rng_state(state)
-
-
 def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
     """One warning where `learning_rate` is still the default of the arguments' class, which is tuned for Adam."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -268,11 +255,6 @@ def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
         record.name,
         record.learning_rate_hint,
     )
-
-
-def optim_name(args: TrainingArguments) -> str:
-    """`args.optim` as text, whether it is a member of the host's enum or a string (an unpickled one is)."""
-    return str(getattr(args.optim, "value", args.optim))
 
 
 def _run_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -16,8 +16,9 @@ class SaIConfig:
         sai_report (`bool`, *optional*, defaults to `True`): Whether report, picture and card section are written.
         gsnr_track_steps (`int`, *optional*, defaults to 0): Measures g-SNR again every so many steps, for the report:
             the paper says that it stays what it was. 0 for never. A measurement reads all gradients once.
-        gsnr_premeasure_batches (`int`, *optional*, defaults to 0): Takes the scales of `sgd_sai` from so many batches
-            before the first update, instead of from the first gradient. 0 for the paper's way. One process only.
+        gsnr_premeasure_batches (`int`, *optional*, defaults to 0): Takes the scales of `sgd_sai` from the gradients of
+            so many updates before the first one, instead of from the first gradient alone. The training then begins
+            with the same batches. 0 for the paper's way. One process only.
         hub_strict (`bool`, *optional*, defaults to `False`): Whether a push that fails at the end is an error. Without
             it, and always for the pushes in the middle of training, it is a warning with the command to run later.
         hub_timeout (`float`, *optional*, defaults to 3600): Seconds that one push may take, all in all.

@@ -17,7 +17,8 @@ from torch.optim.optimizer import Optimizer
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
-from .live import splitting_mode
+from .deepspeed_config import check_config, deepspeed_config, is_left_out
+from .live import begin_training, end_training, splitting_mode
 from .optim.registry import (
     OptimizerRecord,
     OptionError,
@@ -39,6 +40,9 @@ def register() -> None:
     """
     Makes the names of [`list_records`] valid for `TrainingArguments(optim=...)`; done by `import hf_sai`.
 
+    Every Trainer then checks, before the first step, that our optimizer runs where it was asked for, and that it was
+    made for the model that is trained.
+
     Idempotent. transformers is not imported by it; the names appear when it is.
 
     Raises:
@@ -47,10 +51,12 @@ def register() -> None:
     for record in list_records():
         _on_record(record, True)
     watch_records(_on_record)
+    trainer_patches.watch_trainings(begin_training, lambda trainer: end_training(getattr(trainer, "optimizer", None)))
 
 
 def unregister() -> None:
-    """Undoes [`register`]: the host's enum, table and parser are as they were."""
+    """Undoes [`register`]: the host's enum, table, parser and trainings are as they were."""
+    trainer_patches.unwatch_trainings()
     watch_records(_on_record, watching=False)
     for record in list_records():
         _on_record(record, False)
@@ -62,6 +68,7 @@ def _on_record(record: OptimizerRecord, there: bool) -> None:
         trainer_patches.add_optimizer(record.name, functools.partial(_handle, record))
     else:
         trainer_patches.remove_optimizer(record.name)
+    trainer_patches.remove_deepspeed_check(__name__)
 
 
 def optimizer_cls_and_kwargs(
@@ -260,6 +267,13 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     return record.cls, kwargs
 
 
+def _check_deepspeed(args: Any, config: dict[str, Any]) -> None:
+    """Before a Trainer under DeepSpeed makes its optimizer, ours or that of the configuration."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name in {record.name for record in list_records()}:
+        check_config(name, get_record(name), config)
+
+
 def _without_modules() -> str:
     names = [record.name for record in list_records() if not (record.needs_modules or record.layerwise)]
     return f"use optim={names[0]!r}" if names else "choose another optimizer"
@@ -282,11 +296,15 @@ def _typed_options(record: OptimizerRecord, given: Mapping[str, Any]) -> tuple[d
 def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
     """What would give another result than asked for is an error before the first step."""
     mode = splitting_mode(args)
-    if mode is not None:
+    if mode == "deepspeed":
+        config = deepspeed_config(args)
+        if config is not None and not is_left_out(args):
+            check_config(record.name, record, config)
+    elif mode is not None:
         raise OptionError(
-            f"optim={record.name!r} needs whole tensors, but {mode} is set and flattens or splits them so that they "
-            "can't be told apart; use DDP (without deepspeed and fsdp, in accelerate's config too) or FSDP version 2 "
-            "(fsdp_config={'version': 2}; fsdp_version: 2 in accelerate's config), or choose another optimizer"
+            f"optim={record.name!r} needs whole tensors, but {mode} is set and flattens them so that they can't be "
+            'told apart; FSDP version 2 keeps them: set fsdp="full_shard" and fsdp_config={"version": 2} in the '
+            "TrainingArguments, or fsdp_version: 2 under fsdp_config: in accelerate's file"
         )
     if not record.layerwise:
         return

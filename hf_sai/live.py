@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -10,12 +12,52 @@ from torch.optim.optimizer import Optimizer
 
 from trainer_patches.script_optimizer import unwrapped as unwrap_optimizer
 
-from .optim.registry import OptionError, get_record, record_of
+from .optim.registry import OptionError, get_record, list_records, record_of
 from .optim.tensors import is_sharded
 
 
+logger = logging.getLogger(__name__)
+
+
 class OptimizerMismatchError(ValueError, TypeError):
-    """The optimizer that runs is not the one that was asked for."""
+    """The optimizer that runs is not the one that was asked for, or not that of the model that is trained."""
+
+
+def optim_name(args: Any) -> str:
+    """`args.optim` as text, whether it is a member of the host's enum or a string (an unpickled one is)."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def begin_training(args: Any, model: Any, optimizer: Any) -> None:
+    """
+    What every Trainer's training begins with, once `hf_sai` is imported: that what steps is what was asked for, and
+    that it holds what is trained; layer-wise updates are switched on.
+
+    Args:
+        args (`transformers.TrainingArguments`): Of the training.
+        model (`torch.nn.Module`): That is trained.
+        optimizer (`torch.optim.Optimizer`): As the Trainer has prepared it.
+
+    Raises:
+        `OptimizerMismatchError`: The optimizer is another one, or was made for another model.
+    """
+    name = optim_name(args)
+    if name in {record.name for record in list_records()}:
+        assert_optimizer(optimizer, name)
+    live = unwrap_optimizer(optimizer)
+    if record_of(live) is None:
+        return
+    if isinstance(model, nn.Module) and splitting_mode(args) is None:
+        check_trains(live, model)
+    if hasattr(live, "attach"):
+        live.attach()
+
+
+def end_training(optimizer: Any) -> None:
+    """What every Trainer's training ends with: layer-wise updates are switched off."""
+    live = unwrap_optimizer(optimizer)
+    if record_of(live) is not None and hasattr(live, "detach"):
+        live.detach()
 
 
 def assert_optimizer(optimizer: Any, name: str) -> None:
@@ -38,6 +80,57 @@ def assert_optimizer(optimizer: Any, name: str) -> None:
         )
 
 
+def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
+    """
+    Checks that an optimizer holds the trainable parameters of a model: it may have been made for another one, which
+    PEFT, `model_init`, quantisation or new embeddings then replaced.
+
+    It may hold more (frozen parameters that are unfrozen later, those of a loss), and on purpose less: that is a
+    warning, as long as all that it holds is in the model.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Without a wrapper.
+        model (`torch.nn.Module`): That is trained.
+
+    Raises:
+        `OptimizerMismatchError`: It holds none of the trainable parameters, or some that were replaced by others.
+    """
+    everything = dict(model.named_parameters())
+    trained = {name: param for name, param in everything.items() if param.requires_grad}
+    held = {
+        param: name
+        for group in optimizer.param_groups
+        for param, name in zip(group["params"], group.get("param_names") or [""] * len(group["params"]), strict=True)
+    }
+    inside = set(everything.values())
+    missing = [name for name, param in trained.items() if param not in held]
+    strangers = [name for param, name in held.items() if param not in inside]
+    replaced = [name for name in strangers if name in everything]
+    if not missing and not replaced:
+        return
+    live = type(optimizer).__name__
+    lacks = f"{len(missing)} of the model's {len(trained)} trainable tensors ({_some(missing)})"
+    if replaced or strangers or len(missing) == len(trained):
+        held_elsewhere = f"{len(strangers)} of its {len(held)} tensors are not in that model ({_some(strangers)})"
+        odd = [f"it lacks {lacks}"] * bool(missing) + [held_elsewhere] * bool(strangers)
+        raise OptimizerMismatchError(
+            f"{live} must be made for the model that is trained, but {', and '.join(odd)}; make it after PEFT, "
+            "model_init, quantisation or new embeddings have changed the model, or set optim= in the arguments "
+            "instead, which does so"
+        )
+    logger.warning(
+        "%s does not train %s. Where that is meant, freeze them by requires_grad_(False): gradients cost memory.",
+        live,
+        lacks,
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three of some names."""
+    names = [name or "unnamed" for name in names]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def name_parameters(optimizer: Optimizer, model: nn.Module) -> None:
     """
     Gives every group the names of its parameters (`param_names`, as torch keeps them), where it has none.
@@ -46,6 +139,8 @@ def name_parameters(optimizer: Optimizer, model: nn.Module) -> None:
         optimizer (`torch.optim.Optimizer`): Without a wrapper.
         model (`torch.nn.Module`): Where the names come from. A parameter that is not in it is called `unnamed`.
     """
+    if getattr(optimizer, "is_partitioned", False):
+        return  # DeepSpeed ZeRO has put flat buffers in their place, and knows the names
     names = {param: name for name, param in model.named_parameters()}
     for group in optimizer.param_groups:
         group.setdefault("param_names", [names.get(param, "unnamed") for param in group["params"]])
@@ -61,9 +156,9 @@ def count_measurements(optimizer: Any) -> int:
 
 def splitting_mode(args: Any | None = None) -> str | None:
     """
-    Name of the sharding mode that splits or flattens parameters so that the optimizer can't tell; `None` without one.
+    Name of the mode that splits or flattens parameters; `None` without one.
 
-    FSDP version 2 keeps tensors as DTensors, which can be told.
+    FSDP version 2 keeps tensors as DTensors, which can be told. What DeepSpeed does is for its configuration to say.
 
     Args:
         args (`transformers.TrainingArguments`, *optional*): `None` asks for what a launcher has set only.

@@ -75,8 +75,8 @@ class Replacement:
         mode = splitting_mode()
         if mode is not None:
             raise OptionError(
-                f"{name} needs whole tensors, but the launcher has set {mode}, which splits them over the ranks; use "
-                "FSDP version 2 or DDP, or leave out hf-sai's --optim"
+                f"{name} in the place of a script's AdamW needs whole tensors, but the launcher has set {mode}, which "
+                "splits them over the ranks; use FSDP version 2 or DDP, or leave out hf-sai's --optim"
             )
         options = parse_options(record, parse_optim_args(optim_args))
         if "gsnr" in options:

@@ -25,7 +25,7 @@ class ReferenceSGDSaI:
     Args:
         tensors (`list[list[float]]`): The parameters, flat.
         groups (`list[dict]`): One dict of options per tensor: lr, momentum, weight_decay, eps.
-        normalize (`str`): "none" or "max".
+        normalize (`str`): "none", "max" or "rms".
         measure_steps (`int`): Number of informative gradients to average g-SNR over.
         resolution (`float`): Relative spacing of the gradients' dtype; below it a gradient counts as constant.
     """
@@ -38,7 +38,7 @@ class ReferenceSGDSaI:
         self.constant = [False] * len(tensors)
         self.buffer = [None] * len(tensors)
         self.moves = [[0.0] for _ in tensors]  # the latest, to judge rounding by
-        self.max = None
+        self.max = self.rms = None
         self.measuring_rounds = 0
 
     def gsnr(self, i):
@@ -46,7 +46,7 @@ class ReferenceSGDSaI:
 
     def step(self, gradients):
         """One update; a gradient is a flat list or None."""
-        skipped = set()
+        skipped, now = set(), set()
         for i, g in enumerate(gradients):
             if g is None or len(self.snr_samples[i]) >= self.k:
                 continue
@@ -54,6 +54,7 @@ class ReferenceSGDSaI:
                 if not self.snr_samples[i]:
                     skipped.add(i)
             elif any(x != 0.0 for x in g):
+                now.add(i)
                 norm, std = moments(g)
                 mean = math.fsum(g) / len(g)
                 if len(g) < 2 or std <= self.resolution * abs(mean):
@@ -67,6 +68,10 @@ class ReferenceSGDSaI:
             self.measuring_rounds += 1
             if measured and self.measuring_rounds <= self.k:
                 self.max = max(self.gsnr(i) for i in measured)
+        # Open as long as the maximum; while only constant gradients were seen it is of the step alone.
+        if now and self.measuring_rounds <= self.k:
+            elements = [self.gsnr(i) * x for i in now for x in gradients[i]]
+            self.rms = math.sqrt(math.fsum(x * x for x in elements) / len(elements))
         for i, g in enumerate(gradients):
             if g is not None and i not in skipped:
                 self.update(i, g)
@@ -76,6 +81,8 @@ class ReferenceSGDSaI:
         scale = self.gsnr(i)
         if self.normalize == "max" and scale:
             scale /= self.max if self.max is not None else max(self.gsnr(j) for j in range(len(self.theta)))
+        if self.normalize == "rms" and scale:
+            scale /= self.rms
         g = [self.sign * x for x in g]
         mu = options["momentum"]
         if mu and self.buffer[i] is None and self.snr_samples[i]:

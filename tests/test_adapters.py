@@ -276,6 +276,19 @@ def test_sharded_factors_are_refused():
         dist.destroy_process_group()
 
 
+def test_rms_of_paired_factors_is_that_of_their_bounded_gradients():
+    model = tiny_lora()
+    optimizer = hf_sai.create_optimizer("sgd_sai", model, lr=1e-3, normalize="rms", lora_policy="paired")
+    generator = torch.Generator().manual_seed(2)
+    before = trainable(model)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.grad = 30.0 * torch.randn(param.shape, generator=generator)
+    optimizer.step()
+    moved = torch.cat([(before[name] - value).flatten() for name, value in trainable(model).items()])
+    assert moved.square().mean().sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
 # ---- what the report says of a pair ----
 
 

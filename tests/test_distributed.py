@@ -61,7 +61,7 @@ def one_process(normalize):
     return model, optimizer
 
 
-@pytest.mark.parametrize("normalize", ["none", "max"])
+@pytest.mark.parametrize("normalize", ["none", "max", "rms"])
 @pytest.mark.parametrize("worker", [fsdp_worker, ddp_worker])
 def test_two_processes_equal_one(tmp_path, worker, normalize):
     on_two_ranks(worker, tmp_path, normalize)

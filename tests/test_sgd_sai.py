@@ -279,6 +279,77 @@ def test_model_of_fallbacks_only_keeps_its_scale_at_one_or_below():
     assert [row.scale for row in optimizer.gsnr_statistics()] == [pytest.approx(1 / math.sqrt(3)), 1.0]
 
 
+def first_move(normalize="rms", gradients=None, **options):
+    """How far tensors of zeros go in their first step."""
+    shapes = [tuple(gradient.shape) for gradient in gradients]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+    optimizer = SGDSaI(params, lr=0.01, weight_decay=0.0, normalize=normalize, **options)
+    set_gradients(params, gradients)
+    optimizer.step()
+    return optimizer, torch.cat([param.detach().flatten() for param in params])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
+def test_rms_makes_the_first_update_as_large_as_the_learning_rate(size):
+    torch.manual_seed(3)
+    gradients = [size * torch.randn(shape, dtype=torch.float64) for shape in [(40, 30), (7,), (3, 4, 5)]]
+    gradients.append(torch.tensor([size], dtype=torch.float64))
+    optimizer, moved = first_move(gradients=gradients)
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.01, rel=1e-9)
+    rows = optimizer.gsnr_statistics()
+    expected = math.sqrt(
+        sum((row.gsnr * g.norm().item()) ** 2 for row, g in zip(rows, gradients, strict=True))
+        / sum(g.numel() for g in gradients)
+    )
+    assert [row.scale for row in rows] == pytest.approx([row.gsnr / expected for row in rows], rel=1e-9)
+    # The same divisor is known, and not used, under the other two.
+    for normalize in ("none", "max"):
+        other, _ = first_move(normalize, gradients)
+        assert other.param_groups[0]["gsnr_rms"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_rms_stays_for_tensors_that_are_measured_later():
+    late, other = params_like((100,), (40,))
+    optimizer = SGDSaI([("late", late), ("other", other)], normalize="rms")
+    gradient = torch.randn(40)
+    set_gradients([late, other], [torch.zeros(100), gradient])
+    optimizer.step()
+    expected = statistics(optimizer)["other"].gsnr * gradient.norm().item() / math.sqrt(40)
+    set_gradients([late, other], [1e3 * torch.randn(100), torch.randn(40)])
+    optimizer.step()
+    assert optimizer.param_groups[0]["gsnr_rms"] == pytest.approx(expected, rel=1e-5)
+    row = statistics(optimizer)["late"]
+    assert (row.status, row.step) == ("measured", 2)
+    assert row.scale == pytest.approx(row.gsnr / expected, rel=1e-5)
+
+
+def test_rms_of_fallbacks_only_is_of_that_step():
+    gate, weight = params_like((1,), (50,))
+    optimizer = SGDSaI([gate, weight], lr=0.1, normalize="rms")
+    set_gradients([gate, weight], [torch.tensor([1e-4]), torch.zeros(50)])
+    before = gate.item()
+    optimizer.step()
+    assert before * (1 - 1e-3) - gate.item() == pytest.approx(0.1, rel=1e-5)
+    gradient = torch.randn(50)
+    set_gradients([gate, weight], [torch.tensor([1e-4]), gradient])
+    optimizer.step()
+    group, row = optimizer.param_groups[0], optimizer.gsnr_statistics()[1]
+    expected = row.gsnr * gradient.norm().item() / math.sqrt(50)
+    assert (group["gsnr_rms"], group["gsnr_rms_step"]) == (pytest.approx(expected, rel=1e-5), 2)
+
+
+def test_rms_of_several_steps_is_that_of_the_last():
+    (param,) = params_like((60,))
+    optimizer = SGDSaI([param], normalize="rms", measure_steps=2)
+    found = []
+    for size in (1.0, 10.0, 100.0):
+        param.grad = size * torch.randn(60)
+        optimizer.step()
+        row = optimizer.gsnr_statistics()[0]
+        found.append(row.gsnr * param.grad.norm().item() / math.sqrt(60))
+        assert row.scale == pytest.approx(row.gsnr / found[min(len(found), 2) - 1], rel=1e-5)
+
+
 def test_measure_steps_averages_the_first_gradients():
     (param,) = params_like((6,))
     optimizer = SGDSaI([param], measure_steps=3)
@@ -636,7 +707,7 @@ def test_schedulers_and_names_work():
         ({"weight_decay": math.inf}, r"weight_decay must be finite and >= 0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\) but is 1.0"),
         ({"momentum": -0.1}, r"momentum must be in \[0, 1\)"),
-        ({"normalize": "maximum"}, r"normalize must be one of none, max but is 'maximum'"),
+        ({"normalize": "maximum"}, r"normalize must be one of none, max, rms but is 'maximum'"),
         ({"measure_steps": 0}, r"measure_steps must be a whole number >= 1 but is 0"),
         ({"measure_steps": 1.5}, r"measure_steps must be a whole number"),
         ({"maximize": "False"}, r"maximize must be True or False but is 'False'"),
@@ -691,7 +762,6 @@ def test_the_first_gradients_norm_and_the_weights_before_it_are_kept(dtype):
     assert all(type(value) is float for row in kept for value in row)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_sai.optim.scales.gradient_moments", lambda tensors: [] if not tensors else 1 / 0)
-        patch.setattr("hf_sai.optim.sgd_sai.gradient_moments", lambda tensors: [] if not tensors else 1 / 0)
         optimizer.step()
 
 

@@ -146,10 +146,10 @@ def test_measuring_before_is_refused_where_it_would_be_wrong(tmp_path):
     optimizer = hf_sai.create_optimizer("sgd_sai", tiny_llama())
     from types import SimpleNamespace
 
-    from hf_sai.callback import premeasure
+    from hf_sai.premeasure import premeasure
 
     with pytest.raises(OptionError, match="works in one process, but there are 2"):
-        premeasure(optimizer, tiny_llama(), [], 1, SimpleNamespace(world_size=2))
+        premeasure(optimizer, SimpleNamespace(args=SimpleNamespace(world_size=2)), [], 1)
     param = torch.nn.Parameter(torch.ones(2, 2))
     param.grad = torch.randn(2, 2)
     stepped = hf_sai.SGDSaI([param])

@@ -199,9 +199,11 @@ def guarded_steps(
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper (and any other that keeps it as `.optimizer`)."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
+    """The optimizer inside accelerate's wrapper, DeepSpeed's, and any other that keeps it as `.optimizer`."""
+    inner = optimizer
+    while (inner := getattr(inner, "optimizer", None)) is not None:
+        if isinstance(inner, Optimizer):
+            optimizer = inner
     return optimizer
 
 

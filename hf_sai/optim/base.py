@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .tensors import whole_shape
+from .zero import ZeroPieces
+from .zero_layout import ZeroLayoutError, find_zero
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +62,15 @@ def check_writer(name: str, state_dict: dict[str, Any]) -> None:
 
 
 class NamedOptimizer(Optimizer):
-    """A `torch.optim.Optimizer` whose subclasses have `_advance()`, one update of all that has a gradient."""
+    """
+    A `torch.optim.Optimizer` whose subclasses have `_begin()`, which looks at all gradients of a step,
+    `_move(places)`, which updates some of the tensors, and `_make_state(group_index, index, param)`.
+
+    Where DeepSpeed ZeRO has taken it over, it has an inner optimizer, over pieces; see [`ZeroPieces`].
+    """
+
+    # Of the inner optimizer: where it is.
+    _pieces: ZeroPieces | None = None
 
     # What a group holds that goes on with the training, and is no option.
     _progress: ClassVar[tuple[str, ...]] = ("lr",)
@@ -69,10 +83,108 @@ class NamedOptimizer(Optimizer):
         for group, own in zip(self.param_groups, own_groups, strict=False):
             for key in self._chosen:
                 group.setdefault(key, own[key])
+        self.__dict__["_all_groups"] = self.param_groups
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch's own, which it adds to the defaults on the way
                     group.setdefault(key, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's."""
+        super().add_param_group(param_group)
+        self.__dict__["_all_groups"] = self.param_groups
+        self._positions().update({param: at for at, param in enumerate(self.param_groups[-1]["params"])})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; under ZeRO of this rank, with the rows of all tensors in the groups."""
+        taken = self._taken_over()
+        if taken is not None:
+            taken.write()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        As torch's.
+
+        Raises:
+            `ZeroLayoutError`: It was saved under ZeRO and is not loaded so, or the other way round, or in another
+                layout.
+        """
+        taken = self._taken_over()
+        if taken is not None:
+            taken.check_saved(state_dict["param_groups"])
+        elif any("zero" in group for group in state_dict["param_groups"]):
+            raise ZeroLayoutError(
+                "a state that was saved under DeepSpeed ZeRO must be loaded under it, but this optimizer has whole "
+                "tensors; resume with the same DeepSpeed configuration, or start without the optimizer's state"
+            )
+        super().load_state_dict(state_dict)
+        self._after_load(state_dict)
+        if taken is not None:
+            taken.read()
+
+    def _after_load(self, state_dict: dict[str, Any]) -> None:
+        """For what torch's load does to tensors and should not have done."""
+
+    def _taken_over(self) -> ZeroPieces | None:
+        """Its life under ZeRO; `None` where it has whole tensors. Those that it was given are seen at once."""
+        known = self.__dict__
+        first = next((param for group in self.param_groups for param in group["params"]), None)
+        taken: ZeroPieces | None = known.get("_zero_pieces")
+        if first is None or (taken is not None and first in taken.flats):
+            if taken is not None or not self.param_groups:
+                return taken
+        elif first in self._positions() or ("_looked_at" in known and known["_looked_at"]() is first):
+            return None
+        zero = find_zero(self)
+        if zero is None:
+            if first is not None:  # FSDP, or a copy in another precision: whole tensors, or DTensors
+                known["_looked_at"] = weakref.ref(first)
+            return None
+        known["_zero_pieces"] = ZeroPieces(self, zero)
+        return known["_zero_pieces"]
+
+    def _refuse_pieces(self) -> None:
+        """Raises [`ZeroLayoutError`] where it can't work on pieces."""
+
+    @property
+    def per_tensor(self) -> Any:
+        """The optimizer that has the groups and states of the tensors: under ZeRO that of the pieces, else this."""
+        taken = self._taken_over()
+        return self if taken is None else taken.inner
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether DeepSpeed ZeRO has put flat buffers in the place of the tensors."""
+        return self._taken_over() is not None
+
+    def measure_in_next_step(self) -> None:
+        """Has all gradients of the next step measured, where a host gives no look at them before; see `measured`."""
+        taken = self._taken_over()
+        if taken is not None:
+            taken.measure_next = True
+
+    @property
+    def measured(self) -> dict[str, float] | None:
+        """What the step after [`NamedOptimizer.measure_in_next_step`] measured, by name; once."""
+        taken = self._taken_over()
+        return None if taken is None else taken.take_measured()
+
+    def _every_group(self) -> list[dict[str, Any]]:
+        """All groups, also while DeepSpeed shows one only."""
+        return self.__dict__.get("_all_groups", self.param_groups)
+
+    def _positions(self) -> Any:
+        """Where each of the tensors that it was given stood in its group; they are not kept alive by it."""
+        return self.__dict__.setdefault("_placed", WeakIdKeyDictionary())
+
+    def _of_model(self, param: Tensor) -> Tensor:
+        """The model's own parameter."""
+        return param if self._pieces is None else self._pieces.pieces[param].param
+
+    def shape_of(self, param: Tensor) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return whole_shape(param) if self._pieces is None else self._pieces.shape(param)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -95,8 +207,25 @@ class NamedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.__dict__.get("_has_gradients"):
+            self._look_for_gradients()
         self._advance()
         return loss
+
+    def _look_for_gradients(self) -> None:
+        """One warning where there is none in the first step: another model may be the one that is trained."""
+        found = self._any_gradient()
+        if not found and "_has_gradients" not in self.__dict__:
+            logger.warning(
+                "%s.step() finds no gradient in any of its %d tensors. Where PEFT, quantisation or something else has "
+                "replaced the model since, make the optimizer from the model that is trained.",
+                type(self).__name__,
+                sum(len(group["params"]) for group in self.param_groups),
+            )
+        self._has_gradients = found
+
+    def _any_gradient(self) -> bool:
+        return any(param.grad is not None for *_, param in self._params())
 
     def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
         """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""
@@ -111,12 +240,29 @@ class NamedOptimizer(Optimizer):
             logger.warning("The loaded state goes on with its own options: %s.", ", ".join(sorted(changed)))
 
     def _advance(self) -> None:
+        taken = self._taken_over()
+        if taken is not None:
+            taken.advance()
+            return
+        self._begin()
+        self._move(self._params())
+
+    def _begin(self) -> None:
+        raise NotImplementedError
+
+    def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
+        raise NotImplementedError
+
+    def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         raise NotImplementedError
 
     @property
     def measurements(self) -> int:
         """How much there is to report, to be compared with a later answer: here, tensors with a state."""
-        return len(self.state)
+        inner = self.per_tensor
+        if inner is self:
+            return len(self.state)
+        return sum(bool(state.get("step", 1)) for state in inner.state.values())  # made before the first step
 
     def _params(self) -> Iterator[tuple[int, int, Tensor]]:
         """Group index, index in the group, tensor."""

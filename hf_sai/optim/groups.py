@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .lora_pairs import PairPolicy, adapter_pairs
 from .routing import ADAM, LoraPolicy, route_by_shape, route_parameters, summary
+from .tensors import whole_shape
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ def swan_groups(
         target_modules = [str(each) for each in target_modules]
     routes = route_parameters(model, targets, lora_whitening, split_qkv)
     chosen = {"lora_whitening": lora_whitening, "split_qkv": split_qkv, "target_modules": target_modules}
-    logger.info("swan: %s", summary([(row.route, row.reason, row.param.numel()) for row in routes]))
+    logger.info("swan: %s", summary([(row.route, row.reason, math.prod(whole_shape(row.param))) for row in routes]))
     groups = []
     for kind in ("swan", "adam"):
         for decay in (True, False):

@@ -26,7 +26,7 @@ from .tensors import is_sharded, local
 # that a constant gradient is found to be exactly constant.
 CHUNK_NUMEL = 1 << 18
 
-NORMALIZATIONS = ("none", "max")
+NORMALIZATIONS = ("none", "max", "rms")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class TensorGSNR:
         numel (`int`): Number of elements.
         group (`int`): Index of its parameter group.
         gsnr (`float`): Measured g-SNR, `sqrt(numel)` for a fallback, 0.0 while pending.
-        scale (`float`): What the learning rate is multiplied by: `gsnr`, or `gsnr / max` under `normalize="max"`.
+        scale (`float`): What the learning rate is multiplied by: `gsnr`, divided by its maximum or by an RMS under
+            `normalize="max"` and `"rms"`.
         step (`int`): Optimizer step (from 1) of its first informative gradient, 0 while there was none.
         status (`str`): `"measured"`, `"fallback"` (constant gradient or one element), `"given"` (from another run) or
             `"pending"` (no gradient yet that is finite and not all zero).
@@ -165,7 +166,7 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     fetched: dict[int, list[float]] = {}
     for place, indices in by_place.items():
         there = [gradients[index] for index in indices]
-        table = torch.stack([_local_moments(local(gradient)) for gradient in there])
+        table = torch.stack([local_moments(local(gradient)) for gradient in there])
         if not isinstance(place, torch.device):
             table = _combine_over_mesh(table, there, place)
         fetched.update(zip(indices, table.tolist(), strict=True))
@@ -175,7 +176,7 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     ]
 
 
-def _local_moments(gradient: Tensor) -> Tensor:
+def local_moments(gradient: Tensor) -> Tensor:
     """`[count, mean, sum of squared deviations]` of one tensor, on its device, chunk by chunk."""
     dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
     total = torch.zeros(3, dtype=dtype, device=gradient.device)

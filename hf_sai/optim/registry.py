@@ -132,7 +132,7 @@ _SGD_SAI = OptimizerRecord(
     options=(
         Option("momentum", "a number", to_float, "decay of the momentum buffer, in [0, 1); 0 keeps none"),
         Option("eps", "a number", to_float, "added to the gradient's standard deviation"),
-        Option("normalize", "none or max", one_of(*NORMALIZATIONS), "divide g-SNR by its maximum over the model"),
+        Option("normalize", "none, max or rms", one_of(*NORMALIZATIONS), "divide g-SNR by its maximum, or by an RMS"),
         Option("measure_steps", "a whole number", to_int, "average g-SNR over this many first gradients"),
         Option("maximize", "true or false", to_bool, "ascend instead of descend"),
         Option("foreach", "true, false or none", or_none(to_bool), "update lists of tensors at once"),
@@ -150,7 +150,7 @@ _SGD_SAI = OptimizerRecord(
     paper="2412.11768",
     learning_rate_hint=(
         "start at 1e-2 for full training and 1e-1 for LoRA with normalize=none (5e-3 with lora_policy=paired); "
-        "with normalize=max, multiply by the largest g-SNR in the report"
+        "with normalize=max, multiply by the largest g-SNR in the report; with normalize=rms, start at AdamW's"
     ),
     grouping=sgd_sai_groups,
     saved_keys=frozenset({"normalize", "gsnr_max"}),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
+from .tensors import whole_shape
 
 
 LoraPolicy = Literal["both", "b_only", "adam"]
@@ -272,7 +273,7 @@ def _route(
 
 def _layout(param: Tensor, owner: _Owner, split_qkv: bool) -> tuple[Layout | None, str]:
     """How a parameter is read as matrices, or `None`, and why."""
-    module, shape = owner.module, param.shape
+    module, shape = owner.module, torch.Size(whole_shape(param))
     experts = getattr(module, "num_experts", None)
     if len(shape) == 3 and isinstance(experts, int) and shape[0] == experts and min(shape[1:]) > 1:
         return Layout(batched=True, transposed=bool(getattr(module, "is_transposed", False))), "experts"
@@ -310,11 +311,11 @@ def routes_of_group(group: dict[str, Any]) -> tuple[list[str], list[str]]:
     """
     if group["kind"] == "adam":
         return [ADAM] * len(group["params"]), ["kind='adam'"] * len(group["params"])
-    found = [route_by_shape(param.shape) for param in group["params"]]
+    found = [route_by_shape(torch.Size(whole_shape(param))) for param in group["params"]]
     if group["kind"] == "swan":
         for index, (route, _) in enumerate(found):
             if route == ADAM:
-                shape = tuple(group["params"][index].shape)
+                shape = whole_shape(group["params"][index])
                 raise ValueError(
                     f"a group of kind='swan' must hold matrices but its tensor {index} has shape {shape}; put it into "
                     "a group of kind='adam'. A flattened shard (FSDP1, DeepSpeed) has lost its rows and can't be "

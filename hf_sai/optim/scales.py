@@ -1,4 +1,4 @@
-"""The life of a learning-rate scale: given or pending, measured once, and the maximum that may divide it."""
+"""The life of a learning-rate scale: given or pending, measured once, and what may divide it: a maximum or an RMS."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from .tensors import check_gradient, gradient_of
 
 logger = logging.getLogger(__name__)
 
+# What a group holds that is no option: the step, and the two divisors with the step that fixed each. Equal in all
+# groups. -1 marks a divisor that was given.
+SHARED = {"step": 0, "gsnr_max": 0.0, "gsnr_max_step": 0, "gsnr_rms": 0.0, "gsnr_rms_step": 0}
+
 
 class MeasuredScales(NamedOptimizer):
     """
     An optimizer whose tensors have a scale that is measured from their first informative gradients.
 
-    Groups hold `eps`, `normalize` and `measure_steps`, and the same in each `step`, `gsnr_max` and `gsnr_max_step`.
+    Groups hold `eps`, `normalize` and `measure_steps`, and the same in each what [`SHARED`] lists.
     The state of a tensor holds `gsnr`, `gsnr_step`, `gsnr_count`, `gsnr_fallback` and `gsnr_given`; see [`SGDSaI`].
     For the report it holds `gradient_norm` and `weight_rms` as they were at the first informative gradient.
     """
 
-    _progress = ("lr", "step", "gsnr_max", "gsnr_max_step")
+    _progress = ("lr", *SHARED)
 
     def gsnr_statistics(self) -> list[TensorGSNR]:
         """
@@ -36,6 +40,8 @@ class MeasuredScales(NamedOptimizer):
         Returns:
             `list[TensorGSNR]`: Frozen parameters that were never measured are left out.
         """
+        if self.per_tensor is not self:
+            return self.per_tensor.gsnr_statistics()
         rows = []
         normalizer = self._normalizer()
         for group_index, index, param in self._params():
@@ -45,8 +51,8 @@ class MeasuredScales(NamedOptimizer):
             rows.append(
                 TensorGSNR(
                     name=self._name(group_index, index),
-                    shape=tuple(param.shape),
-                    numel=param.numel(),
+                    shape=self.shape_of(param),
+                    numel=math.prod(self.shape_of(param)),
                     group=group_index,
                     gsnr=state["gsnr"],
                     scale=state["gsnr"] / normalizer,
@@ -66,7 +72,7 @@ class MeasuredScales(NamedOptimizer):
     @property
     def measurements(self) -> int:
         """How many gradients were measured, and tensors with a given scale that began to move."""
-        states = self.state.values()
+        states = self.per_tensor.state.values()
         return sum(state["gsnr_count"] + bool(state["gsnr_given"] and state["gsnr_step"]) for state in states)
 
     @torch.no_grad()
@@ -76,8 +82,13 @@ class MeasuredScales(NamedOptimizer):
 
         A gradient that is zero, constant or not finite is left out. Collective where gradients are sharded.
         """
-        there = [place for place in self._params() if place[2].grad is not None]
-        moments = gradient_moments([gradient_of(param) for _, _, param in there])
+        there = (place for place in self._params() if place[2].grad is not None or self._pieces is not None)
+        return self._snr_of(there)
+
+    def _snr_of(self, places: Iterable[tuple[int, int, Tensor]]) -> dict[str, float]:
+        """g-SNR of the gradients of some tensors, which have one."""
+        there = list(places)
+        moments = self._moments(there)
         return {
             self._name(group, index): gradient_snr(moment, self.param_groups[group]["eps"])
             for (group, index, _), moment in zip(there, moments, strict=True)
@@ -95,7 +106,7 @@ class MeasuredScales(NamedOptimizer):
             `RuntimeError`: A step was made.
             `ValueError`: The rows do not fit.
         """
-        if self.state:
+        if self.state or self.is_partitioned:
             raise RuntimeError("scales can be given before the first step only, but one was made; pass gsnr= instead")
         self._take_given(list(rows))
 
@@ -106,9 +117,9 @@ class MeasuredScales(NamedOptimizer):
         odd = [f"{name} is not in the model" for name in by_name if name not in mine]
         odd += [f"{name} is not in gsnr" for name in mine if name not in by_name]
         odd += [
-            f"{name} has shape {tuple(mine[name].shape)}, in gsnr {tuple(row.shape)}"
+            f"{name} has shape {self.shape_of(mine[name])}, in gsnr {tuple(row.shape)}"
             for name, row in by_name.items()
-            if name in mine and tuple(row.shape) != tuple(mine[name].shape)
+            if name in mine and tuple(row.shape) != self.shape_of(mine[name])
         ]
         if odd:
             more = f" and {len(odd) - 10} more" if len(odd) > 10 else ""
@@ -122,11 +133,16 @@ class MeasuredScales(NamedOptimizer):
             group["gsnr_given"] = [[row.gsnr, row.status == "fallback"] if row else [0.0, False] for row in given]
         measured = [row for row in rows if row.gsnr and row.status != "fallback"]
         if measured:
-            # Where the other run was normalised, gsnr / scale is its maximum, which late tensors may exceed.
-            normalized = max(row.gsnr / row.scale for row in measured)
-            largest = normalized if normalized > 1.0 + 1e-9 else max(row.gsnr for row in measured)
+            # What the other run divided by. If that was its maximum, the tensor that set it has the scale 1.
+            divisor = max(row.gsnr / row.scale for row in measured)
+            undivided = abs(divisor - 1.0) < 1e-9
+            was_maximum = not undivided and any(abs(row.scale - 1.0) < 1e-6 for row in measured)
             for group in self.param_groups:
-                group["gsnr_max"], group["gsnr_max_step"] = largest, -1
+                # Late tensors may exceed the maximum of then.
+                group["gsnr_max"] = divisor if was_maximum else max(row.gsnr for row in measured)
+                group["gsnr_max_step"] = -1
+                if not (undivided or was_maximum):
+                    group["gsnr_rms"], group["gsnr_rms_step"] = divisor, -1
 
     def _new_state(self, group_index: int, index: int) -> dict[str, Any]:
         """What is kept of a tensor's scale, before its first gradient."""
@@ -155,17 +171,25 @@ class MeasuredScales(NamedOptimizer):
             group, state = self.param_groups[group_index], self.state[param]
             if not state:
                 self._make_state(group_index, index, param)
-            if (
-                param.grad is not None
-                and param.numel()
-                and (
-                    state["gsnr_step"] == 0
-                    or (state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"])
-                )
-            ):
-                check_gradient(param, self._name(group_index, index), type(self).__name__)
+            is_open = state["gsnr_count"] < group["measure_steps"] and not state["gsnr_given"]
+            if (state["gsnr_step"] == 0 or is_open) and self._has_gradient(group_index, index, param):
                 unsettled.append((group_index, index, param))
         return unsettled
+
+    def _has_gradient(self, group_index: int, index: int, param: Tensor) -> bool:
+        """Whether there is something to measure; of pieces always, since ZeRO has zeros where nothing came."""
+        if self._pieces is not None:
+            return True
+        if param.grad is None or not param.numel():
+            return False
+        check_gradient(param, self._name(group_index, index), type(self).__name__)
+        return True
+
+    def _moments(self, unsettled: list[tuple[int, int, Tensor]]) -> list[GradientMoments]:
+        params = [param for _, _, param in unsettled]
+        if self._pieces is not None:
+            return self._pieces.moments(params)
+        return gradient_moments([gradient_of(param) for param in params])
 
     def _measure(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], step: int
@@ -198,42 +222,76 @@ class MeasuredScales(NamedOptimizer):
 
     def _note_weights(self, params: list[Tensor]) -> None:
         """Keeps the root mean square of tensors that are about to move for the first time."""
-        for param, moment in zip(params, gradient_moments([param.detach() for param in params]), strict=True):
+        weights = [param.detach() for param in params]
+        moments = gradient_moments(weights) if self._pieces is None else self._pieces.weight_moments(params)
+        for param, moment in zip(params, moments, strict=True):
             self.state[param]["weight_rms"] = moment.norm / math.sqrt(moment.count) if moment.is_finite else 0.0
 
     def _count_step(self, moments: list[GradientMoments]) -> None:
         """
-        Counts this step, unless nothing has been measured yet and all gradients are zero.
+        Counts this step, as those who call `step()` count, but for one that torch.distributed.checkpoint makes.
 
-        torch.distributed.checkpoint makes such a step to create the state before it loads; it must leave no trace.
+        It makes the state before it loads: nothing was measured yet, all gradients are zero, and so are learning
+        rates. That must leave no trace.
         """
         started = any(state["gsnr_step"] for state in self.state.values()) if moments else True
-        if not started and all(moment.is_zero for moment in moments):
+        without_trace = not started and all(moment.is_zero for moment in moments)
+        if without_trace and all(float(group["lr"]) == 0.0 for group in self.param_groups):
             return
         for group in self.param_groups:
             group["step"] += 1
 
-    def _max_is_fixed(self, step: int) -> bool:
-        """Whether the maximum was given, or the window of steps that set it was over before `step`."""
-        first_step = self.param_groups[0]["gsnr_max_step"]
+    def _is_fixed(self, divisor: str, step: int) -> bool:
+        """Whether `gsnr_max` or `gsnr_rms` was given, or the window of steps that set it was over before `step`."""
+        first_step = self.param_groups[0][f"{divisor}_step"]
         window = max(group["measure_steps"] for group in self.param_groups)
         return first_step < 0 or 0 < first_step <= step - window
 
-    def _update_max(self) -> None:
-        """Sets the maximum over the model in the first `measure_steps` steps that measured; it then stays."""
+    def _divides(self, step: int) -> bool:
+        """Whether the scales of `step` hang on all gradients of the model."""
+        normalize = self.param_groups[0]["normalize"]
+        return normalize != "none" and not self._is_fixed(f"gsnr_{normalize}", step)
+
+    def _update_divisors(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> None:
+        """
+        Sets what may divide g-SNR in the first `measure_steps` steps that measured; it then stays.
+
+        While nothing but fallbacks was seen there is no maximum, and the RMS is only of the step.
+        """
         step = self.param_groups[0]["step"]
-        measured = [state for state in self.state.values() if state["gsnr_step"] and not state["gsnr_fallback"]]
-        if self._max_is_fixed(step) or not measured:
-            return
-        largest = max(state["gsnr"] for state in measured)
-        for group in self.param_groups:
-            group["gsnr_max"], group["gsnr_max_step"] = largest, group["gsnr_max_step"] or step
+        states = self.state.values()
+        measured = [state["gsnr"] for state in states if state["gsnr_step"] and not state["gsnr_fallback"]]
+        found: dict[str, float] = {}
+        if measured and not self._is_fixed("gsnr_max", step):
+            found["gsnr_max"] = max(measured)
+        if not self._is_fixed("gsnr_rms", step):
+            found["gsnr_rms"] = self._rms_of_scaled(unsettled, moments)
+        for divisor, value in found.items():
+            for group in self.param_groups:
+                group[divisor] = value or group[divisor]
+                if value and measured:
+                    group[f"{divisor}_step"] = group[f"{divisor}_step"] or step
+
+    def _rms_of_scaled(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> float:
+        """RMS over all elements of the informative gradients of this step, each times its g-SNR; 0 where none is."""
+        squares, count = 0.0, 0
+        for (group_index, index, param), moment in zip(unsettled, moments, strict=True):
+            if moment.is_finite and not moment.is_zero:
+                squares += (self.state[param]["gsnr"] * self._moved_norm(group_index, index, moment)) ** 2
+                count += moment.count
+        return math.sqrt(squares / count) if count else 0.0
+
+    def _moved_norm(self, group_index: int, index: int, moments: GradientMoments) -> float:
+        """The norm of what a tensor is moved by, before learning rate and scale: its gradient."""
+        return moments.norm
 
     def _normalizer(self) -> float:
         """What g-SNR is divided by to give the scale."""
         group = self.param_groups[0]
         if group["normalize"] == "none":
             return 1.0
+        if group["normalize"] == "rms":
+            return group["gsnr_rms"] or 1.0
         # While only fallbacks were seen there is no maximum; the largest of them then keeps the scale at 1 or below.
         return group["gsnr_max"] or max((state["gsnr"] for state in self.state.values()), default=0.0) or 1.0
 

@@ -6,6 +6,7 @@ Source: arXiv 2412.11768, Algorithm 1; the authors' package `sgd-sai` 1.0.3 wher
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable
@@ -17,11 +18,12 @@ from torch.optim.optimizer import ParamsT
 
 from .base import check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
-from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
+from .gsnr import NORMALIZATIONS, GradientMoments
 from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, first_factor, norm_of
-from .scales import MeasuredScales
+from .scales import SHARED, MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
 from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
+from .zero_layout import ZeroLayoutError
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class SGDSaI(MeasuredScales):
         g_snr = ||g|| / (std(g) + eps)
         scale = g_snr                         normalize="none": the authors' package, sgd-sai 1.0.3
         scale = g_snr / max over all tensors  normalize="max":  Algorithm 1 of the paper
+        scale = g_snr / RMS over all elements of g_snr * g      normalize="rms":  ours; the first update has RMS lr
         m_1   = g_1,  m_t = momentum * m_{t-1} + (1 - momentum) * g_t
         theta = theta * (1 - lr * weight_decay) - lr * scale * m_t
 
@@ -83,8 +86,10 @@ class SGDSaI(MeasuredScales):
         eps (`float`, *optional*, defaults to 1e-8):
             Added to the standard deviation, in units of the gradient. g-SNR never falls below `sqrt(n - 1)` by it.
         normalize (`str`, *optional*, defaults to `"none"`):
-            `"none"` or `"max"`, one for all groups. The maximum is taken over all groups and fixed at the end of the
-            first step that measured (of the first `measure_steps` such steps), and stays for tensors measured later.
+            `"none"`, `"max"` or `"rms"`, one for all groups. What divides is taken over all groups and fixed at the
+            end of the first step that measured (of the first `measure_steps` such steps), and stays for tensors
+            measured later. With `"rms"` the first update has an RMS of `lr` over all elements that it moves, as Adam's
+            has, so that AdamW's learning rate is the place to start.
         measure_steps (`int`, *optional*, defaults to 1):
             g-SNR is the mean over this many first informative gradients of each tensor. 1 is the paper.
         maximize (`bool`, *optional*, defaults to `False`):
@@ -127,7 +132,7 @@ class SGDSaI(MeasuredScales):
         weight_decay: float = 1e-2,
         eps: float = 1e-8,
         *,
-        normalize: Literal["none", "max"] = "none",
+        normalize: Literal["none", "max", "rms"] = "none",
         measure_steps: int = 1,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -151,10 +156,8 @@ class SGDSaI(MeasuredScales):
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
             "paired": False,
             "lora_policy": "plain",
-            # Not options, but they decide updates and so live where state_dict() saves them. Equal in every group.
-            "step": 0,
-            "gsnr_max": 0.0,
-            "gsnr_max_step": 0,  # step that fixed the maximum; -1 where it was given
+            # Not options, but they decide updates and so live where state_dict() saves them.
+            **SHARED,
         }
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -178,9 +181,9 @@ class SGDSaI(MeasuredScales):
         if merged["normalize"] != first["normalize"]:
             raise ValueError(
                 f"normalize must be the same in all parameter groups but is {merged['normalize']!r} beside "
-                f"{first['normalize']!r}; the maximum is taken over the whole model, so set it once"
+                f"{first['normalize']!r}; what divides is taken over the whole model, so set it once"
             )
-        shared = {key: first[key] for key in ("step", "gsnr_max", "gsnr_max_step")}
+        shared = {key: first[key] for key in SHARED}
         shared["params"] = self._with_names(param_group["params"])
         if merged["paired"]:
             shared["lora_policy"] = "paired"
@@ -194,18 +197,29 @@ class SGDSaI(MeasuredScales):
             group.setdefault("lora_policy", policy)
         super().__setstate__(state)
 
-    def _advance(self) -> None:
-        """Measures what is not settled, and updates every tensor that has a gradient."""
+    def _begin(self) -> None:
+        """Measures what is not settled."""
         unsettled = self._collect(self._params())
-        moments = gradient_moments([gradient_of(param) for _, _, param in unsettled])
+        moments = self._moments(unsettled)
         self._count_step(moments)
-        first, skipped = self._measure(unsettled, moments, self.param_groups[0]["step"])
+        self._first, self._skipped = self._measure(unsettled, moments, self.param_groups[0]["step"])
         if unsettled:
-            self._update_max()
-            self._warn_if_bf16_stays(unsettled, moments, first)
+            self._update_divisors(unsettled, moments)
+            self._warn_if_bf16_stays(unsettled, moments, self._first)
+
+    def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
+        """Updates those of some tensors that have a gradient."""
         normalizer = self._normalizer()
-        for group in self.param_groups:
-            self._update(group, group["params"], normalizer, first, skipped)
+        for group_index, some in itertools.groupby(places, key=lambda place: place[0]):
+            params = (param for _, _, param in some)
+            self._update(self.param_groups[group_index], params, normalizer, self._first, self._skipped)
+
+    def _refuse_pieces(self) -> None:
+        if any(group["paired"] for group in self._every_group()):
+            raise ZeroLayoutError(
+                "SGDSaI with lora_policy='paired' needs whole factors, but DeepSpeed ZeRO hands over pieces; use DDP "
+                "or DeepSpeed's stage 0, or leave lora_policy out"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -217,7 +231,6 @@ class SGDSaI(MeasuredScales):
         check_writer("SGDSaI", state_dict)
         self._warn_of_other_options(state_dict["param_groups"])
         super().load_state_dict(state_dict)
-        self._restore_buffers(state_dict)
 
     def extra_bytes(self) -> int:
         """The most that an update needs for a while: float32 copies, a block at a time."""
@@ -229,7 +242,7 @@ class SGDSaI(MeasuredScales):
             found = max(found, narrow * 4 * min(param.numel(), BLOCK_NUMEL))
         return found
 
-    def _restore_buffers(self, state_dict: dict[str, Any]) -> None:
+    def _after_load(self, state_dict: dict[str, Any]) -> None:
         """
         Undoes the cast to the parameter's dtype in `torch.optim.Optimizer.load_state_dict` where it lost digits, or
         where `state_dtype` asks for what was saved. A bf16 checkpoint loaded into float32 parameters stays widened.
@@ -318,6 +331,17 @@ class SGDSaI(MeasuredScales):
                 if param.grad is not None:
                     found[param] = bounded(param.grad, norm, is_a=index == 0)
         return found
+
+    def _moved_norm(self, group_index: int, index: int, moments: GradientMoments) -> float:
+        """Of a LoRA factor that is trained as one of a pair: its gradient's, bounded."""
+        group = self.param_groups[group_index]
+        if not group["paired"]:
+            return moments.norm
+        param, other = group["params"][index], group["params"][index ^ 1]
+        norm = self.state[param]["pair_norm"]
+        if not norm:
+            norm = max(moments.norm, norm_of(other.grad) if other.grad is not None else 0.0)
+        return moments.norm * first_factor(norm, moments.norm, is_a=index % 2 == 0)
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]

@@ -25,6 +25,7 @@ from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
 from .whitening import Method, check_whitening, swan_direction
+from .zero_swan import PieceOfMatrix, finite_everywhere, whiten_pieces
 
 
 logger = logging.getLogger(__name__)
@@ -185,8 +186,12 @@ class SWAN(NamedOptimizer):
 
     def routes(self) -> list[Route]:
         """Where each parameter goes and why, in the order of the groups."""
+        if self.per_tensor is not self:
+            return self.per_tensor.routes()
         return [
-            Route(self._name(group_index, index), param, group["routes"][index], group["reasons"][index])
+            Route(
+                self._name(group_index, index), self._of_model(param), group["routes"][index], group["reasons"][index]
+            )
             for group_index, index, param in self._params()
             for group in [self.param_groups[group_index]]
         ]
@@ -226,6 +231,8 @@ class SWAN(NamedOptimizer):
         check_writer("SWAN", state_dict)
         self._warn_of_other_options(state_dict["param_groups"])
         super().load_state_dict(state_dict)
+
+    def _after_load(self, state_dict: dict[str, Any]) -> None:
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for saved_id, (_, _, param) in zip(saved_ids, self._params(), strict=True):
             saved_state = state_dict["state"].get(saved_id, {})
@@ -234,9 +241,36 @@ class SWAN(NamedOptimizer):
                 if saved is not None and self.state[param][key].dtype != torch.promote_types(saved.dtype, param.dtype):
                     self.state[param][key] = saved.to(device=param.device, copy=True)
 
-    def _advance(self) -> None:
+    def _begin(self) -> None:
         self._warn_not_finite()
-        self._update(self._params())
+
+    def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
+        self._update(self._move_pieces(list(places)) if self._pieces is not None else places)
+
+    def _move_pieces(self, places: list[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
+        """Updates the matrices of which ZeRO has pieces; returns Adam's, whose pieces are tensors like others."""
+        assert self._pieces is not None
+        to_adam = [place for place in places if self.param_groups[place[0]]["routes"][place[1]] == ADAM]
+        found = [place for place in places if self.param_groups[place[0]]["routes"][place[1]] != ADAM]
+        if not found:
+            return to_adam
+        gradients = [gradient_of(param) for _, _, param in found]
+        flags = finite_everywhere(gradients, self._pieces)
+        self._tell_of([self._name(group, index) for group, index, _ in found], flags)
+        matrices = []
+        for (group_index, index, param), source, finite in zip(found, gradients, flags, strict=True):
+            group, state = self.param_groups[group_index], self.state[param]
+            if group["momentum"]:
+                weight = 1.0 - group["momentum"] if "momentum_buffer" in state else 1.0
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(param.detach()))
+                source = buffer.lerp_(torch.where(finite, source, buffer), weight)
+            shape, where = self.shape_of(param), self._pieces.where(param)
+            matrices.append(PieceOfMatrix(group, group["routes"][index], shape, param.detach(), source, where, finite))
+            state["step"] += 1
+        default = CPU_BATCH_BYTES if flags.device.type == "cpu" else ACCELERATOR_BATCH_BYTES
+        bound = min(matrix.group["max_batch_bytes"] or default for matrix in matrices)
+        whiten_pieces(matrices, self._pieces, _directions_of, bound // BYTES_PER_ELEMENT)
+        return to_adam
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
         self._update([(group_index, index, param)])
@@ -249,7 +283,7 @@ class SWAN(NamedOptimizer):
         for group_index, index, param in places:
             group = self.param_groups[group_index]
             if param.requires_grad or param.grad is not None:
-                self._make_state(param, group["routes"][index] == ADAM)
+                self._make_state(group_index, index, param)
             if param.grad is None:
                 continue
             name = self._name(group_index, index)
@@ -265,13 +299,14 @@ class SWAN(NamedOptimizer):
         for group_index, adam_batch in rest.items():
             _adam(self.param_groups[group_index], adam_batch)
 
-    def _make_state(self, param: Tensor, for_adam: bool) -> None:
+    def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         """
         Where there is none yet. A matrix keeps no tensor, but a count: torch.distributed.checkpoint does not load a
         parameter without any state.
         """
         state = self.state[param]
         if not state:
+            for_adam = self.param_groups[group_index]["routes"][index] == ADAM
             state.update(new_adam_state(param) if for_adam else {"step": 0})
 
     def _collect_for_adam(self, batch: AdamBatch, param: Tensor) -> None:
@@ -321,7 +356,10 @@ class SWAN(NamedOptimizer):
         finite = torch.linalg.vector_norm(grads.flatten(1), ord=math.inf, dim=1).isfinite()
         if sharding is not None:
             finite = sharding.everywhere(finite)
-        names = [matrix.name for matrix in batch]
+        return self._tell_of([matrix.name for matrix in batch], finite)
+
+    def _tell_of(self, names: list[str], finite: Tensor) -> Tensor | None:
+        """The flags, or `None` where all are set and that can be read; has those that are not told of."""
         if finite.device.type == "cpu":
             if bool(finite.all()):
                 return None
@@ -376,6 +414,10 @@ def _directions(grads: Tensor, like: _Matrix) -> Tensor:
     if group["maximize"]:
         found.neg_()
     return like.layout.tensors(found, grads.shape[1:])
+
+
+def _directions_of(group: dict[str, Any], route: str, grads: Tensor) -> Tensor:
+    return _directions(grads, _Matrix(group, "", grads, grads, layout_of(route)))
 
 
 def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:

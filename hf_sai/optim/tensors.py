@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,11 +48,34 @@ def check_gradient(param: Tensor, name: str, optimizer: str) -> None:
         )
 
 
+def whole_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter that DeepSpeed's ZeRO 3 has partitioned, whose own is `(0,)`; of any other its own."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def optimizer_state_bytes(optimizer: Any) -> int:
-    """Bytes of the tensors in the optimizer's state."""
+    """Bytes of the tensors in the optimizer's state; of shards and pieces those of all ranks."""
+    inner = getattr(optimizer, "per_tensor", optimizer)
+    total = 0
+    for param, state in inner.state.items():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                numel = value.numel() if value.shape != param.shape else math.prod(_shape_in(inner, param))
+                total += numel * value.element_size()
+    return total
+
+
+def adamw_state_bytes(optimizer: Any) -> int:
+    """Bytes of AdamW's two moments for the same tensors, in the parameters' dtype as torch keeps them."""
+    inner = getattr(optimizer, "per_tensor", optimizer)
     return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
+        2 * math.prod(_shape_in(inner, param)) * param.element_size()
+        for group in inner.param_groups
+        for param in group["params"]
+        if param.requires_grad
     )
+
+
+def _shape_in(optimizer: Any, param: Any) -> tuple[int, ...]:
+    shape_of = getattr(optimizer, "shape_of", None)
+    return tuple(param.shape) if shape_of is None else shape_of(param)

@@ -6,12 +6,12 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ..optim.registry import OptimizerRecord, get_record, list_records, record_of
 from ..optim.routing import ADAM
-from ..optim.tensors import optimizer_state_bytes
+from ..optim.tensors import adamw_state_bytes, optimizer_state_bytes
 from . import schema
 from .rows import RouteRow, TensorRow, grouped, layers_of, median, route_row, shape_of, tensor_row
 from .schema import SCHEMA, STATUSES
@@ -73,7 +73,7 @@ class ReportData:
             `TypeError`: It is neither.
         """
         record = _record_of(optimizer)
-        groups = optimizer.param_groups
+        groups = getattr(optimizer, "per_tensor", optimizer).param_groups
         peak = [float(group.get("initial_lr", group["lr"])) for group in groups]
         return cls(
             optimizer=record.name,
@@ -83,7 +83,7 @@ class ReportData:
             gsnr_max=groups[0].get("gsnr_max", 0.0),
             **KINDS[record.rows].read(optimizer, peak),
             state_bytes=optimizer_state_bytes(optimizer),
-            adamw_state_bytes=_adamw_state_bytes(groups),
+            adamw_state_bytes=adamw_state_bytes(optimizer),
             run=dict(run or {}),
             versions=_versions(),
             schedule=list(schedule),
@@ -126,21 +126,23 @@ class ReportData:
     def drift(self) -> list[dict[str, Any]]:
         """
         How g-SNR changed, one entry per tracked step: the smallest, median and largest ratio to the first measurement
-        over the tensors, and the median by kind of tensor.
+        over the tensors, and the median by kind of tensor. A step in which no tensor could be compared is left out.
         """
         first = {row.name: row for row in self.tensors if row.status in ("measured", "given")}
         entries = []
         for measured in self.history:
             ratios = {name: gsnr / first[name].gsnr for name, gsnr in measured["gsnr"].items() if name in first}
+            if not ratios:
+                continue
             kinds: dict[str, list[float]] = {}
             for name, ratio in ratios.items():
                 kinds.setdefault(first[name].kind, []).append(ratio)
             entries.append(
                 {
                     "step": measured["step"],
-                    "min": min(ratios.values(), default=0.0),
+                    "min": min(ratios.values()),
                     "median": median(ratios.values()),
-                    "max": max(ratios.values(), default=0.0),
+                    "max": max(ratios.values()),
                     "kinds": {kind: median(values) for kind, values in kinds.items()},
                 }
             )
@@ -318,16 +320,6 @@ KINDS = {
     "routes": Kind(_read_routes, _sum_routes),
     "groups": Kind(_read_groups, _sum_groups),
 }
-
-
-def _adamw_state_bytes(groups: Iterable[dict[str, Any]]) -> int:
-    """Bytes of AdamW's two moments for the same tensors, in the parameters' dtype as torch keeps them."""
-    return sum(
-        2 * param.numel() * param.element_size()
-        for group in groups
-        for param in group["params"]
-        if param.requires_grad
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ def report_markdown(report: ReportData) -> str:
     parts.append(_table(("", "value"), [*facts(report), *settings(report)]))
     parts += [_table(table.columns, table.rows) for table in words.tables(report)]
     parts += filter(None, ["\n".join(f"- {_text(sentence)}" for sentence in words.explanations(report))])
-    if report.history:
+    if report.drift():
         history = history_table(report)
         parts += ["g-SNR, as a ratio to the first measurement:", _table(history.columns, history.rows)]
     return "\n\n".join(parts) + "\n"

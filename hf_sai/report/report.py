@@ -92,9 +92,9 @@ class GSNRReport(ReportData):
             from .plots import history_png, report_png
 
             write_whole(folder / REPORT_PNG, report_png(self))
-            if self.history:
+            if self.drift():
                 write_whole(folder / HISTORY_PNG, history_png(self))
-        if not self.history:
+        if not self.drift():
             (folder / HISTORY_PNG).unlink(missing_ok=True)
         return path
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..optim.tensors import whole_shape
 from .schema import LARGEST, SMALLEST
 
 
@@ -144,7 +145,8 @@ def tensor_row(statistics: Any, peak_learning_rate: float) -> TensorRow:
 def route_row(name: str, param: Tensor, route: str, reason: str) -> RouteRow:
     """From a parameter and what is to be said of it."""
     kind, layer = split_name(name)
-    return RouteRow(name, kind, layer, tuple(param.shape), param.numel(), route, reason)
+    shape = whole_shape(param)
+    return RouteRow(name, kind, layer, shape, math.prod(shape), route, reason)
 
 
 def format_shape(shape: Sequence[int]) -> str:
