@@ -14,8 +14,8 @@ import pytest
 from matplotlib.image import imread
 from support.reports import report_of, tensor_row
 
-from hf_sai.report.facts import folded, theory
 from hf_sai.report.html import MAX_KINDS, colour_of
+from hf_sai.report.quantities import folded, theory
 from hf_sai.report.rows import RouteRow
 
 
@@ -182,13 +182,16 @@ def test_page_and_markdown_say_the_same_facts_by_value(small, swan):
 @pytest.mark.parametrize(
     ("schedule", "note"),
     [
-        ([0.5, 1.0], "the run&#39;s learning rate x scale, here from the lowest to the highest of the schedule.</li>"),
+        (
+            [0.5, 1.0],
+            "the run&#39;s learning rate x scale. A range is from the lowest to the highest of the schedule.</li>",
+        ),
         ([], "at the peak: the run&#39;s learning rate x scale.</li>"),
     ],
 )
 def test_a_note_on_learning_rates_stands_where_there_are_scales(small, swan, schedule, note):
     assert note in dataclasses.replace(small, schedule=schedule).to_html()
-    assert "learning rate x scale, here" not in dataclasses.replace(swan, schedule=schedule).to_html()
+    assert "learning rate: what" not in dataclasses.replace(swan, schedule=schedule).to_html()
 
 
 def test_a_name_that_is_markup_stays_text_and_nothing_is_fetched(small):

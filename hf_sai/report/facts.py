@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..optim.lora_pairs import A_RATE
+from ..optim.registry import get_record
 from ..optim.routing import ADAM
 from .data import ReportData
+from .quantities import FROM_ZERO, UPDATE, moved_text, quantity_of
 from .rows import RouteRow, TensorRow, format_shape
 from .schema import STATUSES
 
@@ -18,7 +18,7 @@ from .schema import STATUSES
 Fact = tuple[str, str]
 Cell = tuple[str, Any]  # text, and what a column sorts by
 ORIGIN = ("model", "date", "repository")  # facts of the run that stand in a title
-FROM_ZERO = "from 0"
+FACTOR = "factor"
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,10 @@ def facts(report: ReportData) -> list[Fact]:
     """The numbers that matter first, each with its name."""
     state = f"{format_bytes(report.state_bytes)} (AdamW: {format_bytes(report.adamw_state_bytes)})"
     counted = ", ".join(text for text, _ in words_of(report).counts(report))
-    found = [
-        ("learning rate (peak)", f"{report.learning_rate:g}"),
-        ("weight decay", f"{report.weight_decay:g}"),
-        ("tensors", counted or "0"),
-    ]
-    rates = report.learning_rate_range(report.settled)
-    if rates is not None:
-        found.append(("learning rate of a tensor", span(*rates)))
+    found = [*rates(report), ("tensors", counted or "0")]
+    ends = report.learning_rate_range(report.settled)
+    if ends is not None:
+        found.append(("learning rate of a tensor", span(*ends)))
         for name, values in (
             ("update / weight", [row.moved for row in report.settled if row.moved]),
             ("update (RMS)", [row.update_rms for row in report.settled if row.update_rms]),
@@ -50,6 +46,42 @@ def facts(report: ReportData) -> list[Fact]:
             if values:
                 found.append((name, span(min(values), max(values))))
     return [*found, ("optimizer state", state)]
+
+
+def rates(report: ReportData) -> list[Fact]:
+    """What hosts have fields for."""
+    return [("learning rate (peak)", f"{report.learning_rate:g}"), ("weight decay", f"{report.weight_decay:g}")]
+
+
+def batch(report: ReportData) -> list[Fact]:
+    """What the scales were measured on, or a step is of."""
+    size = report.run.get("effective_batch_size")
+    return [] if size is None else [(words_of(report).batch, str(size))]
+
+
+def chosen(report: ReportData) -> dict[str, Any]:
+    """The options that are not the optimizer's defaults, as a report holds them."""
+    record = get_record(report.optimizer)
+    defaults = {option.name: record.default(option.name) for option in record.options}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    return {name: value for name, value in report.options.items() if name not in plain or value != plain[name]}
+
+
+def ratio_sentence(report: ReportData) -> str:
+    """How g-SNR compares with the size of the tensors."""
+    ratios = [row.gsnr_over_sqrt_numel for row in report.settled]
+    between = f"between {min(ratios):.3g} and {max(ratios):.3g}" if ratios else "not known yet"
+    return f"mostly the size of the tensor: divided by sqrt(numel) it is {between} here."
+
+
+def status_sentence(report: ReportData) -> str:
+    """What is pending or a fallback; empty where nothing is."""
+    sentences = {
+        "fallback": "Tensors of one element or with a constant gradient, whose scale is sqrt(numel): {}.",
+        "pending": "Tensors that never had a gradient to measure, and did not train: {}.",
+    }
+    counts = {status: len(report.by_status(status)) for status in sentences}
+    return " ".join(sentences[status].format(count) for status, count in counts.items() if count)
 
 
 def settings(report: ReportData) -> list[Fact]:
@@ -89,6 +121,7 @@ class Groups:
     """The words of rows that say a group: plain, and right for any optimizer."""
 
     heading = "Group"
+    batch = "effective batch size"
     # of the first table, for a terminal: column, title there, width (negative: to the right)
     layout: tuple[tuple[str, str, int], ...] = (
         ("kind", "tensors", 32),
@@ -144,9 +177,9 @@ class Groups:
         style = "adam" if any(map(self.is_second, rows)) else "whitened"
         return style, "\n".join(f"{row.name}: {row.route}, {row.reason}" for row in rows[:4])
 
-    def explanations(self, report: ReportData) -> list[str]:
-        """What the columns mean, a sentence each."""
-        return []
+    def explanations(self, report: ReportData) -> dict[str, str]:
+        """What the columns mean, by their titles; and under a name of its own what else must be known."""
+        return {}
 
 
 class Routes(Groups):
@@ -171,20 +204,23 @@ class Routes(Groups):
     def is_second(self, row: RouteRow | TensorRow) -> bool:
         return isinstance(row, RouteRow) and row.route == ADAM
 
-    def explanations(self, report: ReportData) -> list[str]:
-        return [
-            'route: "matrix" is whitened as it is, without state, and each of its updates has a root mean square of '
-            'learning rate x scale; "transposed" is stored (in, out); "in 3 parts" is whitened as three matrices, '
-            '"matrices" as one per leading index; "adam" is updated by Adam, with two moments.',
-            "why: the module or the choice that decided the route.",
-            "share of the elements: of all that are trained.",
-        ]
+    def explanations(self, report: ReportData) -> dict[str, str]:
+        return {
+            "route": (
+                '"matrix" is whitened as it is, without state, and each of its updates has a root mean square of '
+                'learning rate x scale; "transposed" is stored (in, out); "in 3 parts" is whitened as three matrices, '
+                '"matrices" as one per leading index; "adam" is updated by Adam, with two moments.'
+            ),
+            "why": "the module or the choice that decided the route.",
+            "share of the elements": "of all that are trained.",
+        }
 
 
 class Scales(Groups):
     """The words of rows with a measured scale."""
 
     heading = "Scale"
+    batch = "effective batch size at the measurement"
     layout = (
         ("kind", "tensors", 27),
         ("tensors", "no.", -4),
@@ -264,23 +300,22 @@ class Scales(Groups):
             return "pending", tip
         return "fallback" if any(row.status == "fallback" for row in rows) else "settled", tip
 
-    def explanations(self, report: ReportData) -> list[str]:
+    def explanations(self, report: ReportData) -> dict[str, str]:
         """With what the factor of LoRA's pairs is, where there is one."""
-        over = ", here from the lowest to the highest of the schedule" if report.schedule else ""
         paired = any(row.factor != 1.0 for row in report.tensors)
-        found = [
-            "learning rate: what the tensor's first gradient was multiplied by, at the peak: the run's learning rate "
-            f"x scale{' x factor' if paired else ''}{over}."
-        ]
+        rate = "what the tensor's first gradient was multiplied by, at the peak: the run's learning rate x scale"
+        found = {"learning rate": f"{rate}{' x factor' if paired else ''}."}
+        if report.schedule:
+            found["learning rate"] += " A range is from the lowest to the highest of the schedule."
         if paired:
-            found.append(
-                "factor: a pair of LoRA's factors is trained on bounded gradients (lora_policy=paired): 1 / the norm "
+            found[FACTOR] = (
+                "LoRA's A and B are trained as pairs, on bounded gradients (lora_policy=paired): it is 1 / the norm "
                 f"of the gradient, or of the pair's first where that is larger, and for A {A_RATE:g} times that."
             )
         if any(row.update_rms for row in report.tensors):
-            found.append(
-                "update / weight: root mean square of the first update, at the peak, over that of the weights before "
-                f'it; "{FROM_ZERO}" where these were all zero.'
+            found["update / weight"] = (
+                "root mean square of the first update, at the peak, over that of the weights before it; "
+                f'"{FROM_ZERO}" where these were all zero.'
             )
         return found
 
@@ -305,6 +340,11 @@ def words_of(report: ReportData) -> Groups:
     return WORDS[report.kind]
 
 
+def explained(explanations: dict[str, str], columns: Sequence[str]) -> list[str]:
+    """The sentences on some columns, and on the factor that is in the learning rate."""
+    return [f"{name}: {text}" for name, text in explanations.items() if name in columns or name == FACTOR]
+
+
 def tip_of(row: TensorRow) -> str:
     """One tensor's details in a line."""
     if not row.settled:
@@ -316,86 +356,6 @@ def tip_of(row: TensorRow) -> str:
         f"{row.name}: {update}learning rate {row.learning_rate:.3g}, scale {row.scale:.4g}, g-SNR {row.gsnr:.4g}, "
         f"{row.gsnr_over_sqrt_numel:.4f} of sqrt(numel), {row.status} at step {row.step}"
     )
-
-
-def moved_text(moved: float | None, update: float | None) -> str:
-    """What the first update moved the weights by; empty where nothing is known of it."""
-    if moved:
-        return f"{moved:.3g}"
-    return FROM_ZERO if update else ""
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """
-    What the cells of a map are coloured by.
-
-    Args:
-        field (`str`): Of [`TensorRow`].
-        name (`str`): Beside the colours.
-        title (`str`): Over the map of a picture.
-        heading (`str`): Over that of a page.
-    """
-
-    field: str
-    name: str
-    title: str
-    heading: str
-
-    def mean(self, rows: Sequence[TensorRow]) -> float | None:
-        """Geometric mean over those that have it; `None` where none has."""
-        values = [value for value in (getattr(row, self.field) for row in rows) if value]
-        return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
-_HOW_FAR = "How far the first step moves each module, by depth"
-MOVED = Quantity("moved", "update / weight", "how far one step moves each tensor: RMS of update / weight", _HOW_FAR)
-UPDATE = Quantity("update_rms", "update (RMS)", "how far one step moves each tensor: RMS of update", _HOW_FAR)
-SCALE = Quantity("scale", "scale, which multiplies the learning rate", "scale", "Scale by module and depth")
-
-
-def quantity_of(report: ReportData) -> Quantity:
-    """
-    What says most: how far tensors move, as a share of their weights; the update alone where a matrix starts at zero,
-    as LoRA's B does; the scale where a report of an older schema knows neither.
-    """
-    known = [row for row in report.settled if row.update_rms]
-    if not known:
-        return SCALE
-    return UPDATE if any(row.moved is None and len(row.shape) > 1 for row in known) else MOVED
-
-
-def limits_of(report: ReportData, quantity: Quantity) -> tuple[float, float]:
-    """Ends of a scale of colours, in which small differences are not blown up to the whole range."""
-    values = [value for value in (getattr(row, quantity.field) for row in report.settled) if value]
-    low, high = (min(values), max(values)) if values else (1.0, 1.0)
-    spread = math.sqrt(max(1.0, 4.0 / (high / low)))
-    return low / spread, high * spread
-
-
-def cut(text: str, width: int = 40) -> str:
-    """The end of a name that is too long for a picture."""
-    return text if len(text) <= width else f"...{text[3 - width :]}"
-
-
-def theory(numel: int) -> float:
-    """g-SNR / sqrt(numel) of a gradient whose mean is zero: the deviation is taken with `numel - 1`."""
-    return math.sqrt((numel - 1) / numel) if numel > 1 else 1.0
-
-
-def folded(names: Sequence[str], least: int = 8) -> str:
-    """
-    The beginning that at least half of some names have in common, up to a dot and before any number: what a page does
-    not repeat in every line. Empty where it is shorter than `least` letters.
-    """
-    prefix = ""
-    while True:
-        after = [name[len(prefix) :].partition(".") for name in names if name.startswith(prefix)]
-        parts = Counter(part for part, dot, _ in after if dot and not part.isdigit())
-        part, count = parts.most_common(1)[0] if parts else ("", 0)
-        if 2 * count < len(names) or not count:
-            return prefix if len(prefix) >= least else ""
-        prefix += f"{part}."
 
 
 def _state(report: ReportData) -> str:

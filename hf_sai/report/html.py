@@ -10,21 +10,8 @@ from typing import Any
 import jinja2
 
 from .data import ReportData
-from .facts import (
-    Cell,
-    Quantity,
-    cut,
-    facts,
-    folded,
-    format_bytes,
-    limits_of,
-    origin,
-    quantity_of,
-    settings,
-    theory,
-    tip_of,
-    words_of,
-)
+from .facts import Cell, facts, format_bytes, origin, settings, tip_of, words_of
+from .quantities import Quantity, cut, folded, limits_of, quantity_of, theory
 from .rows import RouteRow, TensorRow, cells_of, layers_of, moved_most
 
 

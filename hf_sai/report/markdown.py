@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .data import ReportData
-from .facts import facts, history_table, origin, settings, words_of
+from .facts import explained, facts, history_table, origin, settings, words_of
 
 
 def report_markdown(report: ReportData) -> str:
@@ -15,7 +15,8 @@ def report_markdown(report: ReportData) -> str:
     parts = [f"## {_text(report.optimizer)}", *filter(None, [_text(origin(report))])]
     parts.append(_table(("", "value"), [*facts(report), *settings(report)]))
     parts += [_table(table.columns, table.rows) for table in words.tables(report)]
-    parts += filter(None, ["\n".join(f"- {_text(sentence)}" for sentence in words.explanations(report))])
+    sentences = explained(words.explanations(report), words.tables(report)[0].columns)
+    parts += filter(None, ["\n".join(f"- {_text(sentence)}" for sentence in sentences)])
     if report.drift():
         history = history_table(report)
         parts += ["g-SNR, as a ratio to the first measurement:", _table(history.columns, history.rows)]

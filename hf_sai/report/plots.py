@@ -19,7 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from .compare import Comparison
 from .data import ReportData
-from .facts import FROM_ZERO, Quantity, cut, limits_of, origin, quantity_of, span, words_of
+from .facts import origin, span, words_of
+from .quantities import FROM_ZERO, Quantity, cut, limits_of, quantity_of
 from .rows import TensorRow, cells_of, layers_of, moved_most
 
 

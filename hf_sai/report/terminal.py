@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .compare import Comparison, DiffRow
 from .data import ReportData
-from .facts import origin, words_of
+from .facts import explained, origin, words_of
 from .rows import TensorRow, format_shape
 
 
@@ -102,7 +102,7 @@ def _range(report: ReportData) -> list[Any]:
         return []
     over = "over tensors and schedule" if report.schedule else "over tensors, at the peak"
     lines = [f"learning rate of a tensor: {span[0]:.3g} to {span[1]:.3g} {over}"]
-    lines += [each for each in words_of(report).explanations(report) if each.startswith("factor")]
+    lines += explained(words_of(report).explanations(report), ())
     return ["", *map(Text, lines)]
 
 
