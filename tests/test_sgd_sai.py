@@ -742,3 +742,33 @@ def test_complex_parameter_is_refused():
     param.grad = torch.randn_like(param)
     with pytest.raises(RuntimeError, match=r"needs real parameters but wave is torch\.complex64"):
         optimizer.step()
+
+
+# ---- what is kept for the report ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_gradients_norm_and_the_weights_before_it_are_kept(dtype):
+    """By value, once: what comes later changes neither, and nothing is measured in later steps."""
+    param = torch.nn.Parameter(torch.tensor([3.0, -4.0, 0.0, 0.0], dtype=dtype))  # RMS 2.5
+    late = torch.nn.Parameter(torch.full((2, 2), -2.0, dtype=dtype))
+    optimizer = SGDSaI([("w", param), ("late", late)], lr=0.25)
+    for step, gradient in enumerate(([2.0, 4.0, -5.0, 6.0], [1.0, 1.0, 2.0, 0.0])):
+        param.grad = torch.tensor(gradient, dtype=dtype)
+        late.grad = torch.tensor([[8.0, -1.0], [4.0, 0.0]], dtype=dtype) * step
+        optimizer.step()
+    kept = [(row.gradient_norm, row.weight_rms, row.factor) for row in optimizer.gsnr_statistics()]
+    assert kept == [(9.0, 2.5, 1.0), (9.0, pytest.approx(2.0, rel=0.02), 1.0)]  # decay moved the second a little
+    assert all(type(value) is float for row in kept for value in row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_sai.optim.scales.gradient_moments", lambda tensors: [] if not tensors else 1 / 0)
+        optimizer.step()
+
+
+def test_weights_that_are_not_finite_have_no_size():
+    param = torch.nn.Parameter(torch.tensor([1.0, math.inf]))
+    optimizer = SGDSaI([("w", param)], lr=0.0)
+    param.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    (row,) = optimizer.gsnr_statistics()
+    assert (row.gradient_norm, row.weight_rms) == (5.0, 0.0)

@@ -6,13 +6,16 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from ..optim.registry import OptimizerRecord, get_record
 from ..report import REPORT_PNG, GSNRReport, format_bytes
+from ..report.facts import batch, chosen, explained, rates, ratio_sentence, status_sentence, words_of
+from ..report.quantities import moved_text
 from .header import newline_of
 from .host_lines import as_list
 
@@ -38,30 +41,32 @@ class CardFacts:
     What the section says, as plain values.
 
     Args:
-        learning_rate (`str`): The peak.
+        record (`OptimizerRecord`): Of the optimizer that ran.
         options (`list[tuple[str, str]]`): Every option that ran, with the learning rate and the batch.
         kinds (`list[dict]`): [`GSNRReport.by_kind`].
         routes (`list[dict]`): [`GSNRReport.by_route`].
-        template (`str`): Name of the template's file.
+        explanations (`list[str]`): What the columns mean.
         state_size (`str`): Of the optimizer's state, such as `"1.5 MB"`.
         adamw_size (`str`): Of AdamW's for the same tensors.
         saved (`str`): The difference, such as `"50%"`.
         ratio_sentence (`str`): How g-SNR compares with the size of the tensors.
         status_sentence (`str`): What is pending or a fallback; empty where nothing is.
+        repeated (`str`): A line of Python that makes the same optimizer again, with the scales of this run.
         versions (`str`): Of the packages that ran.
         artifact (`Artifact`): How it is loaded.
     """
 
-    learning_rate: str
+    record: OptimizerRecord
     options: list[tuple[str, str]]
     kinds: list[dict[str, Any]]
     routes: list[dict[str, Any]]
-    template: str
+    explanations: list[str]
     state_size: str
     adamw_size: str
     saved: str
     ratio_sentence: str
     status_sentence: str
+    repeated: str
     versions: str
     artifact: Artifact
 
@@ -128,33 +133,59 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def card_facts(report: GSNRReport, artifact: Artifact | None = None) -> CardFacts:
     """The facts of a report, and of what stands beside it."""
-    options = [("learning rate (peak)", f"{report.learning_rate:g}"), ("weight decay", f"{report.weight_decay:g}")]
-    options += [(name, shown(value)) for name, value in report.options.items()]
-    if "effective_batch_size" in report.run:
-        title = "effective batch size" if report.routes else "effective batch size at the measurement"
-        options.append((title, str(report.run["effective_batch_size"])))
-    ratios = [row.gsnr_over_sqrt_numel for row in report.tensors if row.status != "pending"]
-    between = f"between {min(ratios):.3g} and {max(ratios):.3g}" if ratios else "not known yet"
-    counts = {status: len(report.by_status(status)) for status in ("fallback", "pending")}
-    sentences = {
-        "fallback": "Tensors of one element or with a constant gradient, whose scale is sqrt(numel): {}.",
-        "pending": "Tensors that never had a gradient to measure, and did not train: {}.",
-    }
+    artifact = artifact or Artifact()
+    words = words_of(report)
     kept = report.state_bytes / report.adamw_state_bytes if report.adamw_state_bytes else 1.0
     return CardFacts(
-        learning_rate=f"{report.learning_rate:g}",
-        options=options,
+        record=get_record(report.optimizer),
+        options=[*rates(report), *((name, shown(value)) for name, value in report.options.items()), *batch(report)],
         kinds=report.by_kind(),
         routes=report.by_route(),
-        template="swan.md.jinja" if report.routes else "sgd_sai.md.jinja",
+        explanations=explained(words.explanations(report), ("learning rate", "update / weight", "route")),
         state_size=format_bytes(report.state_bytes),
         adamw_size=format_bytes(report.adamw_state_bytes),
         saved=f"{1 - kept:.0%}",
-        ratio_sentence=f"mostly the size of the tensor: divided by sqrt(numel) it is {between} here.",
-        status_sentence=" ".join(sentences[status].format(count) for status, count in counts.items() if count),
+        ratio_sentence=ratio_sentence(report),
+        status_sentence=status_sentence(report),
+        repeated=_repeated(report, artifact),
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        artifact=artifact or Artifact(),
+        artifact=artifact,
     )
+
+
+def _repeated(report: GSNRReport, artifact: Artifact) -> str:
+    """The call that makes the same optimizer, with all that was chosen, and the scales of this run if it has any."""
+    options = chosen(report)
+    if any(option.name == "gsnr" for option in get_record(report.optimizer).options):
+        options["gsnr"] = artifact.repo_id
+    if artifact.kind in ("diffusers", "diffusers_lora"):
+        given = {"lr": report.learning_rate, "weight_decay": report.weight_decay, **options}
+        return f"optimizer = hf_sai.create_optimizer({_python(report.optimizer)}, model{_arguments(given)})"
+    given = {"optim": report.optimizer, "learning_rate": report.learning_rate}
+    if report.weight_decay:
+        given["weight_decay"] = report.weight_decay
+    clipping = report.run.get("max_grad_norm")
+    if isinstance(clipping, int | float) and clipping != 1:
+        given["max_grad_norm"] = clipping
+    targets = options.pop("target_modules", None)
+    if targets is not None:
+        given["optim_target_modules"] = targets
+    if options:
+        given["optim_args"] = ",".join(f"{name}={_as_option(value)}" for name, value in options.items())
+    return f'args = TrainingArguments("out"{_arguments(given)})'
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    """Keyword arguments of a call, after a first one."""
+    texts = {name: _python(value) if isinstance(value, str) else repr(value) for name, value in given.items()}
+    return "".join(f", {name}={text}" for name, text in texts.items())
+
+
+def _as_option(value: Any) -> str:
+    """As `optim_args` takes it."""
+    if isinstance(value, list):
+        return "/".join(map(_as_option, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 @functools.cache
@@ -165,14 +196,15 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=_cell, code=_code, python=_python)
+    environment.filters.update(cell=_cell, code=_code, python=_python, moved=moved_text)
     return environment
 
 
 def render_section(facts: CardFacts) -> str:
     """The section as Markdown, markers included."""
     values = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-    return _environment().get_template(facts.template).render(**values).rstrip("\n")
+    names = [f"{facts.record.ordinary}.md.jinja", "optimizer.md.jinja"]
+    return _environment().select_template(names).render(**values).rstrip("\n")
 
 
 def insert_section(text: str, section: str, line: str | None = None) -> str:

@@ -98,9 +98,9 @@ def bounded(gradient: Tensor, norm: float, is_a: bool) -> Tensor:
     return wide * ((A_RATE if is_a else 1.0) / wide.norm().clamp(min=norm))
 
 
-def bounded_norm(norm: float, first: float, is_a: bool) -> float:
-    """The norm of what `bounded` gives for a gradient of norm `norm`, where that of the pair's first is `first`."""
-    return (A_RATE if is_a else 1.0) * norm / max(norm, first)
+def first_factor(norm: float, gradient_norm: float, is_a: bool) -> float:
+    """What [`bounded`] multiplies a gradient of that norm by; `norm` as there."""
+    return (A_RATE if is_a else 1.0) / max(norm, gradient_norm)
 
 
 def norm_of(gradient: Tensor) -> float:

@@ -18,8 +18,8 @@ from torch.optim.optimizer import ParamsT
 
 from .base import check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
-from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
-from .lora_pairs import PAIR_POLICIES, bounded, bounded_norm, check_pairs, norm_of
+from .gsnr import NORMALIZATIONS, GradientMoments
+from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, first_factor, norm_of
 from .scales import SHARED, MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
 from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
@@ -56,13 +56,13 @@ class SGDSaI(MeasuredScales):
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
-    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), and
-    where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
-    AdamW's. The buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over
-    memory of its own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with.
-    State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
-    came nor on parameters that a sharding library replaces after construction. `state_dict()` holds plain values and
-    tensors only.
+    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool);
+    `gradient_norm` and `weight_rms` (float) as they were at the first informative gradient, for the report; and where
+    `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of AdamW's. The
+    buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over memory of its
+    own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with. State is made for
+    every trainable tensor in the first `step()`, so that its keys depend neither on which gradients came nor on
+    parameters that a sharding library replaces after construction. `state_dict()` holds plain values and tensors only.
 
     In a group with `paired=True`, which `hf_sai.param_groups(model, "sgd_sai", lora_policy="paired")` makes, the
     tensors are the factors A and B of LoRA in turn, and their gradients are bounded by the norm of each pair's first
@@ -263,6 +263,10 @@ class SGDSaI(MeasuredScales):
         state = super()._new_state(group_index, index)
         return {**state, "pair_norm": 0.0} if self.param_groups[group_index]["paired"] else state
 
+    def _first_factor(self, group_index: int, index: int, state: dict[str, Any]) -> float:
+        norm = state.get("pair_norm", 0.0)  # 0.0 until the pair has had a gradient
+        return first_factor(norm, state.get("gradient_norm", 0.0), is_a=index % 2 == 0) if norm else 1.0
+
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         super()._make_state(group_index, index, param)
         if self.param_groups[group_index]["momentum"] != 0:
@@ -337,7 +341,7 @@ class SGDSaI(MeasuredScales):
         norm = self.state[param]["pair_norm"]
         if not norm:
             norm = max(moments.norm, norm_of(other.grad) if other.grad is not None else 0.0)
-        return bounded_norm(moments.norm, norm, is_a=index % 2 == 0)
+        return moments.norm * first_factor(norm, moments.norm, is_a=index % 2 == 0)
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
@@ -352,14 +356,13 @@ class SGDSaI(MeasuredScales):
         ]
         stuck = []
         normalizer = self._normalizer()
-        for (group, name, param, moment), values in zip(
-            bf16, gradient_moments([param.detach() for _, _, param, _ in bf16]), strict=True
-        ):
+        for group, name, param, moment in bf16:
+            size = self.state[param]["weight_rms"] * math.sqrt(param.numel())
             peak = float(self.param_groups[group].get("initial_lr", self.param_groups[group]["lr"]))
             norm = 1.0 if self.param_groups[group]["paired"] else moment.norm
             move = peak * self.state[param]["gsnr"] / normalizer * norm
-            if 0.0 < move < BF16_RESOLUTION * values.norm:
-                stuck.append((move / values.norm, name))
+            if 0.0 < move < BF16_RESOLUTION * size:
+                stuck.append((move / size, name))
         if stuck:
             self.__dict__["_warned_bf16"] = True
             logger.warning(
