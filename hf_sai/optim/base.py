@@ -62,9 +62,51 @@ class NamedOptimizer(Optimizer):
     _progress: ClassVar[tuple[str, ...]] = ("lr",)
     # What a grouping function chose. A checkpoint of before groups held it leaves the run's own.
     _chosen: ClassVar[tuple[str, ...]] = ()
+    # What a group holds for each of its parameters, and decides updates.
+    _per_tensor: ClassVar[tuple[str, ...]] = ()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Loads what `state_dict()` gave, or what a `load_state_dict` pre-hook made of it: each tensor to its parameter's
+        device and in the dtype that is documented for it.
+
+        Raises:
+            `ValueError`: The state was written by another optimizer.
+        """
+        # The last hook: it sees what the others return, which is what is loaded.
+        handle = self.register_load_state_dict_pre_hook(_see_what_is_loaded)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loading", None)
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Raises `ValueError` for a state that it can't go on with."""
+
+    def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """The dtype of a tensor of the state once it is loaded; torch makes all but `step` the parameter's."""
+        return param.dtype
+
+    def _restore(self, state: dict[str, Any], loading: dict[str, Any]) -> None:
+        """Undoes in a state to load what torch's casts lose, and moves what they leave where it was saved."""
+        saved_groups = loading["param_groups"]
+        for saved_group, group, mine in zip(saved_groups, state["param_groups"], self.param_groups, strict=True):
+            for saved_id, param in zip(saved_group["params"], mine["params"], strict=True):
+                for key, saved in loading["state"].get(saved_id, {}).items():
+                    if not isinstance(saved, Tensor):
+                        continue
+                    dtype, loaded = self._loaded_dtype(key, saved, param, group), state["state"][param][key]
+                    if loaded.dtype != dtype or loaded.device != param.device:
+                        # torch's cast may have lost digits: from what was saved, once more
+                        state["state"][param][key] = saved.to(device=param.device, dtype=dtype, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own_groups = self.__dict__.get("param_groups", [])
+        loading = self.__dict__.get("_loading")
+        if loading is not None:
+            self._warn_of_other_options(state["param_groups"])
+            self._restore(state, loading)
         super().__setstate__(state)
         for group, own in zip(self.param_groups, own_groups, strict=False):
             for key in self._chosen:
@@ -107,6 +149,15 @@ class NamedOptimizer(Optimizer):
             for name in names
             if name in saved and _as_list(saved[name]) != _as_list(group[name])
         }
+        for name in self._per_tensor:
+            pairs = [
+                pair
+                for group, saved in zip(self.param_groups, saved_groups, strict=False)
+                for pair in zip(saved.get(name, group.get(name)), group[name], strict=False)
+            ]
+            others = [pair for pair in pairs if pair[0] != pair[1]]
+            if others:
+                changed.add(f"{name} of {len(others)} tensors, such as {others[0][0]} (not {others[0][1]})")
         if changed:
             logger.warning("The loaded state goes on with its own options: %s.", ", ".join(sorted(changed)))
 
@@ -153,6 +204,12 @@ class NamedOptimizer(Optimizer):
         new = [name for name in names if name not in known]
         known.update(new)
         return ", ".join(new[:3]) + (f" and of {len(new) - 3} more tensors" if len(new) > 3 else "")
+
+
+def _see_what_is_loaded(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """A `load_state_dict` pre-hook."""
+    optimizer._check_loaded(state_dict)
+    optimizer.__dict__["_loading"] = state_dict
 
 
 def _as_list(value: Any) -> Any:

@@ -72,7 +72,7 @@ def next_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float
     """
     momentum, weight_decay = group["momentum"], group["weight_decay"]
     on_device = isinstance(group["lr"], Tensor)
-    lr = group["lr"].detach() if on_device else float(group["lr"])
+    lr = group["lr"].detach().reshape(()) if on_device else float(group["lr"])
     if not scale or not momentum:
         scale = scale or 1.0
         return Coefficients(0.0, weight_decay / scale, lr * scale)
@@ -85,7 +85,7 @@ def next_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float
         coefficients = Coefficients(momentum * (1.0 - decay), pull, lr * scale)
     state["decay_ratio"] = ratio
     if on_device:
-        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(group["lr"])
+        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(lr)
         state["decay"].copy_(lr).mul_(weight_decay)
     else:
         state["decay"] = lr * weight_decay

@@ -19,12 +19,26 @@ from torch.optim.optimizer import ParamsT
 
 from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
-from .checks import check_choice, check_flag, check_number, check_share, check_whole
+from .checks import (
+    check_betas,
+    check_choice,
+    check_flag,
+    check_number,
+    check_share,
+    check_whole,
+    from_text,
+    one_of,
+    or_none,
+    refuse_unknown,
+    to_float,
+    to_int,
+    to_pair,
+)
 from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
 from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
-from .tensors import check_gradient, gradient_of, is_sharded, local
-from .whitening import Method, check_whitening, swan_direction
+from .tensors import buffer_dtype, check_gradient, gradient_of, is_sharded, local
+from .whitening import METHODS, Method, check_whitening, swan_direction
 
 
 logger = logging.getLogger(__name__)
@@ -113,6 +127,7 @@ class SWAN(NamedOptimizer):
     """
 
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
+    _per_tensor = ("routes",)
 
     def __init__(
         self,
@@ -131,7 +146,9 @@ class SWAN(NamedOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         max_batch_bytes: int | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         defaults = {
             "lr": lr,
             "whitening": whitening,
@@ -152,6 +169,7 @@ class SWAN(NamedOptimizer):
             "split_qkv": False,
             "target_modules": None,
         }
+        defaults = from_text(defaults, _FROM_TEXT)
         _check_options(defaults)
         super().__init__(params, defaults)
 
@@ -166,22 +184,14 @@ class SWAN(NamedOptimizer):
         Raises:
             `ValueError`: An option is out of its range, or a route does not fit.
         """
-        merged = {**self.defaults, **param_group}
-        _check_options(merged)
-        super().add_param_group({**param_group, "params": self._with_names(param_group["params"])})
-        group = self.param_groups[-1]
-        if "routes" not in group:
-            group["routes"], group["reasons"] = routes_of_group(group)
-        group.setdefault("reasons", [""] * len(group["routes"]))
-        if len(group["routes"]) != len(group["params"]):
-            self.param_groups.pop()
-            raise ValueError(
-                f"a group must have one route per parameter but has {len(group['routes'])} for "
-                f"{len(group['params'])}; leave them out, or take what hf_sai.param_groups gives"
-            )
-        for route in group["routes"]:
-            if route != ADAM:
-                layout_of(route)
+        group = from_text(param_group, _FROM_TEXT)
+        _check_options({**self.defaults, **group})
+        super().add_param_group({**group, "params": self._with_names(param_group["params"])})
+        try:
+            _complete_routes(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()  # as if it had not come
+            raise
 
     def routes(self) -> list[Route]:
         """Where each parameter goes and why, in the order of the groups."""
@@ -216,23 +226,14 @@ class SWAN(NamedOptimizer):
         copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
         return max(self.whitening_bytes(one_at_a_time), copies)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Loads what `state_dict()` gave, Adam's moments in float32 whatever the parameters' dtype.
-
-        Raises:
-            `ValueError`: The state was written by another optimizer.
-        """
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         check_writer("SWAN", state_dict)
-        self._warn_of_other_options(state_dict["param_groups"])
-        super().load_state_dict(state_dict)
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for saved_id, (_, _, param) in zip(saved_ids, self._params(), strict=True):
-            saved_state = state_dict["state"].get(saved_id, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                saved = saved_state.get(key)
-                if saved is not None and self.state[param][key].dtype != torch.promote_types(saved.dtype, param.dtype):
-                    self.state[param][key] = saved.to(device=param.device, copy=True)
+
+    def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Adam's moments have at least float32, whatever the parameters have; a momentum buffer is as it is made."""
+        if key in ("exp_avg", "exp_avg_sq"):
+            return torch.promote_types(torch.promote_types(saved.dtype, param.dtype), torch.float32)
+        return buffer_dtype(param.dtype) if key == "momentum_buffer" else torch.float32
 
     def _advance(self) -> None:
         self._warn_not_finite()
@@ -348,6 +349,21 @@ class SWAN(NamedOptimizer):
             )
 
 
+def _complete_routes(group: dict[str, Any]) -> None:
+    """Gives a group the routes that it lacks, and checks those that it has."""
+    if "routes" not in group:
+        group["routes"], group["reasons"] = routes_of_group(group)
+    group.setdefault("reasons", [""] * len(group["routes"]))
+    if not len(group["routes"]) == len(group["reasons"]) == len(group["params"]):
+        raise ValueError(
+            f"a group must have one route per parameter but has {len(group['routes'])} for {len(group['params'])}, and "
+            f"{len(group['reasons'])} reasons; leave them out, or take what hf_sai.param_groups gives"
+        )
+    for route in group["routes"]:
+        if route != ADAM:
+            layout_of(route)
+
+
 def _batch_key(matrix: _Matrix) -> Any:
     """Tensors with the same key can be stacked and whitened by one call."""
     param, group = matrix.param, matrix.group
@@ -407,6 +423,16 @@ def _adam(group: dict[str, Any], batch: AdamBatch) -> None:
     )
 
 
+_FROM_TEXT = {
+    **dict.fromkeys(("lr", "scale", "adam_lr_ratio", "eps", "weight_decay", "momentum"), to_float),
+    **dict.fromkeys(("ns_steps", "max_batch_bytes"), or_none(to_int)),
+    "betas": to_pair,
+    "whitening": one_of(*METHODS),
+    "whitening_dtype": one_of(*WHITENING_DTYPES),
+    "lora_whitening": or_none(one_of(*LORA_POLICIES)),
+}
+
+
 def _check_options(options: dict[str, Any]) -> None:
     """Raises `ValueError` for the first option that is out of its range."""
     for name in ("lr", "weight_decay", "eps"):
@@ -415,9 +441,7 @@ def _check_options(options: dict[str, Any]) -> None:
         check_number(name, options[name], "the default is 3.0", positive=True)
     check_whitening(options["whitening"], options["ns_steps"])
     check_choice("whitening_dtype", options["whitening_dtype"], WHITENING_DTYPES, "float32 keeps all digits")
-    betas = options["betas"]
-    if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
-        raise ValueError(f"betas must be two numbers in [0, 1) but is {betas!r}; the default is (0.9, 0.999)")
+    check_betas(options["betas"])
     check_share("momentum", options["momentum"], "the paper has none, 0.0")
     for name in ("maximize", "stochastic_rounding"):
         check_flag(name, options[name])
