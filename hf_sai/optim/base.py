@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+
+from .finite import Found, LateNews, find_not_finite
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,11 @@ class NamedOptimizer(Optimizer):
     _chosen: ClassVar[tuple[str, ...]] = ()
     # What a group holds for each of its parameters, and decides updates.
     _per_tensor: ClassVar[tuple[str, ...]] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+        self._read_late_news()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -137,8 +145,53 @@ class NamedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._advance()
+        self._read_late_news()
+        with undisturbed():
+            self._advance()
         return loss
+
+    def _read_late_news(self) -> None:
+        """Tells of gradients of the step before that were not finite, and puts right what did not know."""
+        late = self._late_news.read()
+        self._tell_not_finite([name for name, _ in late])
+        for _, undo in late:
+            if undo is not None:
+                undo()
+
+    @property
+    def _late_news(self) -> LateNews:
+        news: LateNews = self.__dict__.setdefault("_news_from_devices", LateNews())
+        return news
+
+    def _find_not_finite(
+        self,
+        gradients: Sequence[Tensor],
+        name: Callable[[int], str],
+        undo: Callable[[int], Callable[[], None]] | None = None,
+    ) -> Found:
+        """
+        Which gradients are to be left alone in this step; warns of them, on an accelerator in the next step.
+
+        Args:
+            gradients (sequence of `torch.Tensor`): Of the step.
+            name (callable): From index to name.
+            undo (callable, *optional*): From index to what puts right, in the next step, plain values of the state
+                that were written before it was known that a gradient on an accelerator was not finite.
+        """
+        found = find_not_finite(gradients)
+        if found.bad:
+            self._tell_not_finite([name(index) for index in sorted(found.bad)])
+        for indices, flags in found.tables:
+            self._late_news.send(flags, [(name(index), undo(index) if undo else None) for index in indices])
+        return found
+
+    def _tell_not_finite(self, names: list[str]) -> None:
+        """One warning per step, with tensors that no earlier one named."""
+        new = self._new_names(names)
+        if new:
+            logger.warning(
+                "The gradient of %s has inf or NaN: not updated in this step, nor in later ones like it.", new
+            )
 
     def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
         """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""
@@ -204,6 +257,45 @@ class NamedOptimizer(Optimizer):
         new = [name for name in names if name not in known]
         known.update(new)
         return ", ".join(new[:3]) + (f" and of {len(new) - 3} more tensors" if len(new) > 3 else "")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """While it is open, neither an autocast nor a lower precision of float32 products around a step changes it."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(_exact_products())
+        yield
+
+
+def _exact_products() -> Callable[[], None]:
+    """Has float32 products computed in float32; returns what makes it as it was."""
+    backends = [each for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if _has_precision(each)]
+    if not backends:  # torch before 2.9
+        general = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(general)
+    before = [each.fp32_precision for each in backends]
+    changed = [pair for pair in zip(backends, before, strict=True) if pair[1] != "ieee"]
+    for backend, _ in changed:
+        backend.fp32_precision = "ieee"
+
+    def undo() -> None:
+        for backend, precision in changed:
+            backend.fp32_precision = precision
+
+    return undo
+
+
+def _has_precision(backend: Any) -> bool:
+    try:
+        return hasattr(backend, "fp32_precision")
+    except RuntimeError:
+        return False
 
 
 def _see_what_is_loaded(optimizer: Any, state_dict: dict[str, Any]) -> None:

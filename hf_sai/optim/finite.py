@@ -8,7 +8,7 @@ next step, when it has long been there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,65 +67,60 @@ def find_not_finite(gradients: Sequence[Tensor]) -> Found:
 def _not_finite(gradients: list[Tensor]) -> Tensor:
     """`[k]` float32: 1.0 for a tensor with inf or NaN; 0.0 for one without elements."""
     device = gradients[0].device
-    filled = [index for index, gradient in enumerate(gradients) if gradient.numel()]
-    flags = torch.zeros(len(gradients), dtype=torch.float32, device=device)
-    if not filled:
-        return flags
-    there = [gradients[index] for index in filled]
     if device.type == "cpu":
         # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
-        norms = [torch.linalg.vector_norm(gradient).item() for gradient in there]
-        odd = [not math.isfinite(norm) and not _all_finite(each) for norm, each in zip(norms, there, strict=True)]
-        flags[filled] = torch.tensor(odd, dtype=torch.float32)
-        return flags
-    # The largest absolute value is finite only if all are, in every dtype.
-    largest = torch.stack([norm.float() for norm in _by_dtype(there)])
-    bad = largest.isfinite().logical_not_().to(torch.float32)
-    return bad if len(filled) == len(gradients) else flags.index_copy_(0, torch.tensor(filled, device=device), bad)
+        norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
+        odd = [not math.isfinite(norm) and not _all_finite(each) for norm, each in zip(norms, gradients, strict=True)]
+        return torch.tensor(odd, dtype=torch.float32)
+    there = [gradient for gradient in gradients if gradient.numel()]
+    bad = iter(_largest_not_finite(there))
+    nothing = torch.zeros((), dtype=torch.bool, device=device)
+    return torch.stack([next(bad) if gradient.numel() else nothing for gradient in gradients]).to(torch.float32)
 
 
 def _all_finite(gradient: Tensor) -> bool:
     return bool(gradient.isfinite().all())
 
 
-def _by_dtype(gradients: list[Tensor]) -> list[Tensor]:
-    """The largest absolute value of each, in one launch per dtype."""
+def _largest_not_finite(gradients: list[Tensor]) -> list[Tensor]:
+    """Whether the largest absolute value of each, which is finite only if all are, is not; few launches per dtype."""
     found: list[Any] = [None] * len(gradients)
     for dtype in {gradient.dtype for gradient in gradients}:
         indices = [index for index, gradient in enumerate(gradients) if gradient.dtype == dtype]
-        for index, norm in zip(indices, torch._foreach_norm([gradients[i] for i in indices], math.inf), strict=True):
-            found[index] = norm
+        norms = torch.stack(torch._foreach_norm([gradients[index] for index in indices], math.inf))
+        for index, bad in zip(indices, norms.isfinite().logical_not_().unbind(), strict=True):
+            found[index] = bad
     return found
 
 
 class LateNews:
-    """Flags on their way from an accelerator, and what to do when they say that a gradient was not finite."""
+    """Flags on their way from an accelerator, and what they are about."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Any, list[Callable[[], None]]]] = []
+        self._waiting: list[tuple[Tensor, Any, Sequence[Any]]] = []
 
-    def send(self, flags: Tensor, actions: list[Callable[[], None]]) -> None:
+    def send(self, flags: Tensor, items: Sequence[Any]) -> None:
         """
         Has flags copied to the host without waiting.
 
         Args:
-            flags (`torch.Tensor`): `[k]` on an accelerator; not 0 where a gradient was not finite.
-            actions (list of callables): One per flag.
+            flags (`torch.Tensor`): `[k]`; not 0 where a gradient was not finite.
+            items (sequence): What [`LateNews.read`] gives back, one per flag.
         """
+        on_device = flags.device.type != "cpu"
         there = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=flags.device.type == "cuda")
         there.copy_(flags, non_blocking=True)
-        event = None
-        if flags.device.type != "cpu":
-            event = torch.Event(flags.device)
+        event = torch.Event(flags.device) if on_device else None
+        if event is not None:
             event.record()
-        self._waiting.append((there, event, actions))
+        self._waiting.append((there, event, items))
 
-    def read(self) -> None:
-        """Calls the actions of those that were not finite; waits for the copies, which were asked for a step ago."""
+    def read(self) -> list[Any]:
+        """The items of flags that are not 0; waits for the copies, which were asked for a step ago."""
         waiting, self._waiting = self._waiting, []
-        for there, event, actions in waiting:
+        found = []
+        for there, event, items in waiting:
             if event is not None:
                 event.synchronize()
-            for flag, action in zip(there.tolist(), actions, strict=True):
-                if flag:
-                    action()
+            found += [item for flag, item in zip(there.tolist(), items, strict=True) if flag]
+        return found

@@ -95,12 +95,17 @@ def bounded(gradient: Tensor, norm: float, is_a: bool) -> Tensor:
         `torch.Tensor`: In float32 or wider. Nothing is read back from the device.
     """
     wide = _wide(gradient)
-    return wide * ((A_RATE if is_a else 1.0) / wide.norm().clamp(min=norm))
+    return wide * ((A_RATE if is_a else 1.0) / _norm(wide).clamp(min=norm))
 
 
 def norm_of(gradient: Tensor) -> float:
     """The norm, read back from the device; needed until a pair's is known."""
-    return _wide(gradient).norm().item()
+    return _norm(gradient).item()
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """In float64, where float32 would overflow at 1e19; on devices that have none, in float32."""
+    return _wide(gradient).norm(dtype=torch.float32 if gradient.device.type == "mps" else torch.float64)
 
 
 def _wide(gradient: Tensor) -> Tensor:

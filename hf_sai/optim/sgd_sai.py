@@ -6,6 +6,7 @@ Source: arXiv 2412.11768, Algorithm 1; the authors' package `sgd-sai` 1.0.3 wher
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable
@@ -279,13 +280,25 @@ class SGDSaI(MeasuredScales):
     ) -> None:
         """Updates tensors of a group."""
         options = (group["maximize"], group["stochastic_rounding"])
+        ready = [each for each in params if each.grad is not None and not (skipped and each in skipped)]
+        before: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        found = self._find_not_finite(
+            [gradient_of(param) for param in ready],
+            lambda index: self._name_in(group, ready[index]),
+            lambda index: functools.partial(self._put_back, *before.setdefault(index, (ready[index], {}))),
+        )
         paired = self._paired_gradients(group) if group["paired"] else {}
         # By what a tensor can need: an update without momentum, a buffer that starts, a buffer that goes on.
         plain, starting, moving = (Batch(weight, *options) for weight in (1.0, 1.0, 1.0 - group["momentum"]))
-        for param in params:
-            if param.grad is None or (skipped and param in skipped):
+        for index, param in enumerate(ready):
+            if index in found.bad:
                 continue
             state = self.state[param]
+            if index in before:
+                kept = {key: state[key] for key in _OF_BUFFER if key in state}
+                if isinstance(kept.get("decay"), Tensor):  # which is written in place
+                    kept["decay"] = kept["decay"].clone()
+                before[index][1].update(kept)
             scale = state["gsnr"] / normalizer
             batch = moving if scale and group["momentum"] else plain
             if batch is moving:
@@ -295,12 +308,27 @@ class SGDSaI(MeasuredScales):
                 elif first and param in first:
                     batch = starting  # m_1 = g_1
                 batch.buffers.append(local(state["momentum_buffer"]))
+            elif state.get("decay_ratio"):
+                _unfold_decay(state, param)
             batch.params.append(local(param))
             batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
             batch.coefficients.append(next_coefficients(group, state, scale, starts=batch is starting))
+            if index in found.on_device:
+                batch.found.append(found.on_device[index])
         for batch in (plain, starting, moving):
             if batch.params:
                 update(batch, group["foreach"], group["fused"])
+
+    def _name_in(self, group: dict[str, Any], param: Tensor) -> str:
+        group_index = next(index for index, each in enumerate(self.param_groups) if each is group)
+        return self._name(group_index, next(index for index, each in enumerate(group["params"]) if each is param))
+
+    def _put_back(self, param: Tensor, before: dict[str, Any]) -> None:
+        """Gives a tensor the plain values of before a step that its update did not make; a buffer that began goes."""
+        state = self.state[param]
+        for key in _OF_BUFFER:
+            state.pop(key, None)
+        state.update(before)
 
     def _paired_gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """The gradients of LoRA's factors, bounded by the norm of each pair's first, which is kept."""
@@ -314,11 +342,13 @@ class SGDSaI(MeasuredScales):
             states = [state for param in pair if (state := self.state.get(param))]  # none of a frozen factor
             norm = max((state["pair_norm"] for state in states), default=0.0)
             if not norm:
-                norm = max((norm_of(param.grad) for param in pair if param.grad is not None), default=0.0)
-            if not 0.0 < norm < math.inf:
-                continue  # zero, or not finite: nothing is known of the pair yet, and it is not moved
-            for state in states:
-                state["pair_norm"] = norm
+                norms = [norm_of(param.grad) for param in pair if param.grad is not None]
+                norm = max((each for each in norms if math.isfinite(each)), default=0.0)
+                if not norm:
+                    continue  # all are zero, or not finite: none is moved by its gradient
+                if all(map(math.isfinite, norms)):  # else the other factor is bounded by itself, and the pair waits
+                    for state in states:
+                        state["pair_norm"] = norm
             for index, param in enumerate(pair):
                 if param.grad is not None:
                     found[param] = bounded(param.grad, norm, is_a=index == 0)
@@ -356,6 +386,22 @@ class SGDSaI(MeasuredScales):
                 min(stuck)[1],
                 min(stuck)[0],
             )
+
+
+# What a tensor's state has because of its momentum buffer.
+_OF_BUFFER = ("momentum_buffer", "decay_ratio", "decay")
+
+
+def _unfold_decay(state: dict[str, Any], param: Tensor) -> None:
+    """
+    Leaves the plain `m` in a buffer that waits while momentum is 0: `M = m + c p` holds for the `p` of before the last
+    step, which is `p + s M` now (see `hf_sai/optim/sgd_update.py`).
+    """
+    buffer, ratio, decay = local(state["momentum_buffer"]), state["decay_ratio"], state["decay"]
+    wide = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+    buffer.copy_(wide * (1.0 - decay) - local(param).to(wide.dtype) * ratio)
+    state["decay_ratio"] = 0.0
+    state["decay"] = torch.zeros_like(decay) if isinstance(decay, Tensor) else 0.0
 
 
 def _dtype_name(dtype: Any) -> Any:

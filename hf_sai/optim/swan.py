@@ -7,6 +7,7 @@ Source: Ma, Gong, Scetbon, Meeds, "SWAN: SGD with Normalization and Whitening En
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
-from .base import NamedOptimizer, check_writer
+from .base import NamedOptimizer, check_writer, undisturbed
 from .checks import (
     check_betas,
     check_choice,
@@ -236,17 +237,17 @@ class SWAN(NamedOptimizer):
         return buffer_dtype(param.dtype) if key == "momentum_buffer" else torch.float32
 
     def _advance(self) -> None:
-        self._warn_not_finite()
         self._update(self._params())
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
-        self._update([(group_index, index, param)])
+        with undisturbed():
+            self._update([(group_index, index, param)])
         return True
 
     def _update(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
         """Updates those of some parameters that have a gradient."""
         batches: dict[Any, list[_Matrix]] = {}
-        rest: dict[int, AdamBatch] = {}
+        rest: list[tuple[int, str, Tensor]] = []
         for group_index, index, param in places:
             group = self.param_groups[group_index]
             if param.requires_grad or param.grad is not None:
@@ -256,15 +257,14 @@ class SWAN(NamedOptimizer):
             name = self._name(group_index, index)
             check_gradient(param, name, type(self).__name__)
             if group["routes"][index] == ADAM:
-                self._collect_for_adam(rest.setdefault(group_index, AdamBatch()), param)
+                rest.append((group_index, name, param))
                 continue
             matrix = _Matrix(group, name, param, gradient_of(param), layout_of(group["routes"][index]))
             batches.setdefault(_batch_key(matrix), []).append(matrix)
         for matrices in batches.values():
             for batch in _chunks(matrices):
                 self._whiten(batch)
-        for group_index, adam_batch in rest.items():
-            _adam(self.param_groups[group_index], adam_batch)
+        self._update_by_adam(rest)
 
     def _make_state(self, param: Tensor, for_adam: bool) -> None:
         """
@@ -275,10 +275,20 @@ class SWAN(NamedOptimizer):
         if not state:
             state.update(new_adam_state(param) if for_adam else {"step": 0})
 
-    def _collect_for_adam(self, batch: AdamBatch, param: Tensor) -> None:
-        state = self.state[param]
-        moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
-        batch.append(local(param), local(gradient_of(param)), *moments, state["step"])
+    def _update_by_adam(self, places: list[tuple[int, str, Tensor]]) -> None:
+        """Group index, name and tensor of those that Adam updates; one whose gradient is not finite stays."""
+        found = self._find_not_finite([gradient_of(param) for *_, param in places], lambda index: places[index][1])
+        batches: dict[tuple[int, bool], tuple[AdamBatch, list[Tensor]]] = {}
+        for index, (group_index, _, param) in enumerate(places):
+            if index in found.bad:
+                continue
+            state, flag = self.state[param], found.on_device.get(index)
+            batch, flags = batches.setdefault((group_index, flag is None), (AdamBatch(), []))
+            moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
+            batch.append(local(param), local(gradient_of(param)), *moments, state["step"])
+            flags += [] if flag is None else [flag]
+        for (group_index, _), (batch, flags) in batches.items():
+            _adam(self.param_groups[group_index], batch, flags)
 
     def _whiten(self, batch: list[_Matrix]) -> None:
         """Whitens matrices of one shape together, and moves the parameters."""
@@ -301,7 +311,8 @@ class SWAN(NamedOptimizer):
         for index, matrix in enumerate(batch):
             kept = None if finite is None else finite[index]
             _move(matrix, updates[index], kept)
-            self.state[matrix.param]["step"] += 1
+            if kept is None or kept.device.type != "cpu" or bool(kept):
+                self.state[matrix.param]["step"] += 1
 
     def _running_means(self, batch: list[_Matrix], grads: Tensor, finite: Tensor | None) -> Tensor:
         """The momentum buffers after these gradients, stacked; one whose gradient is not finite stays as it is."""
@@ -309,17 +320,23 @@ class SWAN(NamedOptimizer):
         for index, matrix in enumerate(batch):
             state, weight = self.state[matrix.param], 1.0 - matrix.group["momentum"]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(matrix.param, memory_format=torch.preserve_format)
+                dtype = buffer_dtype(matrix.param.dtype)
+                empty = torch.zeros_like(matrix.param, dtype=dtype, memory_format=torch.preserve_format)
+                state["momentum_buffer"] = empty
                 weight = 1.0
             buffer = local(state["momentum_buffer"])
-            buffer.lerp_(grads[index], weight if finite is None else weight * finite[index].to(buffer.dtype))
+            buffer.lerp_(
+                grads[index].to(buffer.dtype), weight if finite is None else weight * finite[index].to(buffer.dtype)
+            )
             means.append(buffer)
         return torch.stack(means)
 
     def _finite(self, batch: list[_Matrix], grads: Tensor, sharding: Sharding | None) -> Tensor | None:
         """Per tensor of the batch whether its gradient is finite; `None` where all are, and that can be read."""
         # The largest absolute value is finite only if all are; one pass, no mask the size of the gradients.
-        finite = torch.linalg.vector_norm(grads.flatten(1), ord=math.inf, dim=1).isfinite()
+        wide = grads.flatten(1)  # of a rank that holds no row, nothing: the largest of it is 0
+        largest = torch.linalg.vector_norm(wide, ord=math.inf, dim=1) if wide.shape[1] else wide.new_zeros(len(wide))
+        finite = largest.isfinite()
         if sharding is not None:
             finite = sharding.everywhere(finite)
         names = [matrix.name for matrix in batch]
@@ -328,25 +345,13 @@ class SWAN(NamedOptimizer):
                 return None
             self._tell_not_finite([name for name, good in zip(names, finite.tolist(), strict=True) if not good])
             return finite
-        there = torch.empty(finite.shape, dtype=torch.bool, device="cpu", pin_memory=finite.device.type == "cuda")
-        there.copy_(finite, non_blocking=True)
-        self.__dict__.setdefault("_pending_checks", []).append((names, there))
+        undo = [functools.partial(_count_back, self.state[matrix.param]) for matrix in batch]
+        self._late_news.send(finite.logical_not(), list(zip(names, undo, strict=True)))
         return finite
 
-    def _warn_not_finite(self) -> None:
-        """Reads what the step before left to be read; by now it has arrived."""
-        for names, finite in self.__dict__.pop("_pending_checks", []):
-            bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-            if bad:
-                self._tell_not_finite(bad)
 
-    def _tell_not_finite(self, names: list[str]) -> None:
-        """One warning per step, with tensors that no earlier one named."""
-        new = self._new_names(names)
-        if new:
-            logger.warning(
-                "The gradient of %s has inf or NaN: not updated in this step, nor in later ones like it.", new
-            )
+def _count_back(state: dict[str, Any]) -> None:
+    state["step"] -= 1
 
 
 def _complete_routes(group: dict[str, Any]) -> None:
@@ -356,8 +361,9 @@ def _complete_routes(group: dict[str, Any]) -> None:
     group.setdefault("reasons", [""] * len(group["routes"]))
     if not len(group["routes"]) == len(group["reasons"]) == len(group["params"]):
         raise ValueError(
-            f"a group must have one route per parameter but has {len(group['routes'])} for {len(group['params'])}, and "
-            f"{len(group['reasons'])} reasons; leave them out, or take what hf_sai.param_groups gives"
+            f"a group must have one route per parameter but has {len(group['routes'])} for "
+            f"{len(group['params'])}, and {len(group['reasons'])} reasons; leave them out, or take what "
+            "hf_sai.param_groups gives"
         )
     for route in group["routes"]:
         if route != ADAM:
@@ -409,11 +415,12 @@ def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:
         param.copy_(wide)
 
 
-def _adam(group: dict[str, Any], batch: AdamBatch) -> None:
+def _adam(group: dict[str, Any], batch: AdamBatch, found: list[Tensor]) -> None:
     ratio = group["adam_lr_ratio"]
     adam_update(
         batch,
         group["stochastic_rounding"],
+        found,
         lr=float(group["lr"]) * ratio,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
