@@ -240,12 +240,21 @@ class NamedOptimizer(Optimizer):
 
         Raises:
             `TypeError`: They are a set, whose order is another in every process.
+            `ValueError`: Two have the same name.
         """
         if isinstance(params, (set, frozenset)):
             raise TypeError(
                 "params must be in an order that a checkpoint can rely on, but they are a set; pass a list"
             )
         params = [params] if isinstance(params, Tensor) else list(params)
+        taken = {name for group in self.param_groups for name in group.get("param_names", ())}
+        for name in [each[0] for each in params if isinstance(each, tuple)]:
+            if name in taken:
+                raise ValueError(
+                    f"two parameters must not share a name, by which scales and reports tell them apart, but {name!r} "
+                    "is given twice; give each its own"
+                )
+            taken.add(name)
         if not self.param_groups or "param_names" not in self.param_groups[0]:
             return params
         index = len(self.param_groups)
