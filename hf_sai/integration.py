@@ -242,8 +242,8 @@ _HOST_SETTINGS: dict[str, Callable[[Any], Any]] = {
 @contextlib.contextmanager
 def decay_rule(rule: Callable[[nn.Module], Iterable[str]]) -> Iterator[None]:
     """
-    While it is open, handlers ask `rule(model)` which parameters decay: a Trainer subclass may have its own. That of the
-    host's Trainer is put right by [`decaying_names`].
+    While it is open, handlers ask `rule(model)` which parameters decay: a Trainer subclass may have its own.
+    The one of the host's Trainer is put right by [`decaying_names`].
     """
     is_hosts = getattr(rule, "__module__", "") == "transformers.trainer"
     token = _decay_rule.set(decaying_names if is_hosts else rule)

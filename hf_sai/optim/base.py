@@ -206,7 +206,7 @@ class NamedOptimizer(Optimizer):
             pairs = [
                 pair
                 for group, saved in zip(self.param_groups, saved_groups, strict=False)
-                for pair in zip(saved.get(name, group.get(name)), group[name], strict=False)
+                for pair in zip(saved.get(name, group[name]), group[name], strict=False)
             ]
             others = [pair for pair in pairs if pair[0] != pair[1]]
             if others:
@@ -283,7 +283,8 @@ def undisturbed() -> Iterator[None]:
 
 def _exact_products() -> Callable[[], None]:
     """Has float32 products computed in float32; returns what makes it as it was."""
-    backends = [each for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if _has_precision(each)]
+    modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    backends = [each.matmul for each in modules if _has_precision(getattr(each, "matmul", None))]
     if not backends:  # torch before 2.9
         general = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

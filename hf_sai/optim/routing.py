@@ -345,17 +345,15 @@ def multiplies_by(module: nn.Module, attribute: str) -> bool:
     if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         return False
     if attribute == "weight":
-        shape = tuple(module.weight.shape)
-        if isinstance(module, nn.Linear) or shape == (
-            getattr(module, "out_features", None),
-            getattr(module, "in_features", None),
-        ):
+        sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if isinstance(module, nn.Linear) or tuple(module._parameters["weight"].shape) == sizes:  # type: ignore[union-attr]
             return True
-    return _in_product(type(module), attribute)
+    cls: Any = type(module)
+    return _in_product(cls, attribute)
 
 
 @functools.cache
-def _in_product(cls: type[nn.Module], attribute: str) -> bool:
+def _in_product(cls: Any, attribute: str) -> bool:
     """Whether `forward` hands `self.<attribute>` to `linear` or `matmul`, or has it beside `@`."""
     try:
         source = inspect.getsource(cls.forward)

@@ -85,7 +85,7 @@ def next_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float
         coefficients = Coefficients(momentum * (1.0 - decay), pull, lr * scale)
     state["decay_ratio"] = ratio
     if on_device:
-        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(lr)
+        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(lr)  # type: ignore[arg-type]
         state["decay"].copy_(lr).mul_(weight_decay)
     else:
         state["decay"] = lr * weight_decay
