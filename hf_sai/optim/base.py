@@ -68,6 +68,17 @@ class NamedOptimizer(Optimizer):
     # What a group holds for each of its parameters, and decides updates.
     _per_tensor: ClassVar[tuple[str, ...]] = ()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group without parameters may stand beside named ones, before them and after."""
+        params = param_group["params"]
+        if not params and any("param_names" in group for group in self.param_groups):
+            param_group = {**param_group, "param_names": []}
+        elif params and isinstance(params[0], tuple):
+            for group in self.param_groups:
+                if not group["params"]:
+                    group.setdefault("param_names", [])
+        super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's."""
         self._read_late_news()
@@ -255,7 +266,7 @@ class NamedOptimizer(Optimizer):
                     "is given twice; give each its own"
                 )
             taken.add(name)
-        if not self.param_groups or "param_names" not in self.param_groups[0]:
+        if not any(group.get("param_names") for group in self.param_groups):
             return params
         index = len(self.param_groups)
         return [p if isinstance(p, tuple) else (f"group{index}.{i}", p) for i, p in enumerate(params)]
