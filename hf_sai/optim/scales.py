@@ -231,7 +231,7 @@ class MeasuredScales(NamedOptimizer):
                 if not state["gsnr_given"]:
                     _record(state, moment, self.param_groups[group_index]["eps"])
         self._note_weights([param for _, _, param in unsettled if param in first])
-        self._warn_not_finite(not_finite)
+        self._tell_not_measured(not_finite)
         return first, skipped
 
     def _note_weights(self, params: list[Tensor]) -> None:
@@ -309,7 +309,7 @@ class MeasuredScales(NamedOptimizer):
         # While only fallbacks were seen there is no maximum; the largest of them then keeps the scale at 1 or below.
         return group["gsnr_max"] or max((state["gsnr"] for state in self.state.values()), default=0.0) or 1.0
 
-    def _warn_not_finite(self, names: list[str]) -> None:
+    def _tell_not_measured(self, names: list[str]) -> None:
         """One warning per step, with tensors that no earlier one named."""
         new = self._new_names(names)
         if new:
