@@ -1,7 +1,8 @@
 """
 SGD-SaI and SWAN for the Hugging Face trainers: `import hf_sai`, then `TrainingArguments(optim="sgd_sai")`.
 
-Importing registers the optimizer names with transformers where that is installed; nothing heavy is imported.
+Importing registers the optimizer names with transformers where that is installed; torch and transformers are not
+imported by it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
         create_optimizer,
         optimizer_cls_and_kwargs,
         param_groups,
-        register,
-        unregister,
     )
     from .live import OptimizerMismatchError, assert_optimizer
     from .optim import SWAN, OptionError, SGDSaI, SGDSaILayerwise, SWANLayerwise, convert_lr, measure_gsnr
+    from .registration import register, unregister
     from .report import GSNRReport, optimizer_state_bytes
     from .trainer import SaITrainer, SaITrainerMixin, make_trainer
 
@@ -49,8 +49,8 @@ _HOME = {
     "optimizer_cls_and_kwargs": ".integration",
     "optimizer_state_bytes": ".report",
     "param_groups": ".integration",
-    "register": ".integration",
-    "unregister": ".integration",
+    "register": ".registration",
+    "unregister": ".registration",
 }
 
 __all__ = [
@@ -92,6 +92,6 @@ if importlib.util.find_spec("transformers") is not None:
     from trainer_patches import UnsupportedHostError
 
     try:
-        importlib.import_module(".integration", __name__).register()
+        importlib.import_module(".registration", __name__).register()
     except (UnsupportedHostError, ValueError) as error:  # hf_sai.optim works all the same; register() raises this
         warnings.warn(str(error), stacklevel=2)

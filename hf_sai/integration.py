@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
 from .live import splitting_mode
@@ -22,7 +20,6 @@ from .optim.registry import (
     OptimizerRecord,
     OptionError,
     get_record,
-    list_records,
     parse_options,
     split_routing,
 )
@@ -33,25 +30,6 @@ from .report import GSNRReport
 logger = logging.getLogger(__name__)
 
 _decay_rule: ContextVar[Callable[[nn.Module], Iterable[str]]] = ContextVar("decay_rule", default=decay_parameter_names)
-
-
-def register() -> None:
-    """
-    Makes the names of [`list_records`] valid for `TrainingArguments(optim=...)`; done by `import hf_sai`.
-
-    Idempotent. transformers is not imported by it; the names appear when it is.
-
-    Raises:
-        `trainer_patches.UnsupportedHostError`: The installed transformers is not one that this works with.
-    """
-    for record in list_records():
-        trainer_patches.add_optimizer(record.name, _handlers[record.name])
-
-
-def unregister() -> None:
-    """Undoes [`register`]: the host's enum, table and parser are as they were."""
-    for record in list_records():
-        trainer_patches.remove_optimizer(record.name)
 
 
 def optimizer_cls_and_kwargs(
@@ -247,8 +225,9 @@ def decay_rule(rule: Callable[[nn.Module], Iterable[str]]) -> Iterator[None]:
         _decay_rule.reset(token)
 
 
-def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Handler for the host's table: `OptimizerContext` in, class and keyword arguments out."""
+def handle(name: str, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
+    """What the host's table does for a name of ours: `OptimizerContext` in, class and keyword arguments out."""
+    record = get_record(name)
     args = context.args
     _refuse_unsupported_modes(record, args)
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
@@ -314,6 +293,3 @@ def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
                 f"optim={record.name!r} updates inside the backward pass and needs {field}={needed}, but it is "
                 f"{value}; set it so, or use optim={ordinary!r}"
             )
-
-
-_handlers = {record.name: functools.partial(_handle, record) for record in list_records()}
