@@ -44,7 +44,9 @@ def unregister() -> None:
 def _names() -> list[str]:
     """Of the records where they are loaded (a program may have added one), else of the table."""
     registry = sys.modules.get("hf_sai.optim.registry")
-    return [row["name"] for row in optimizer_table()] if registry is None else [r.name for r in registry.list_records()]
+    return (
+        [row["name"] for row in optimizer_table()] if registry is None else [r.name for r in registry.list_records()]
+    )
 
 
 def _handle(name: str, context: Any) -> tuple[Any, dict[str, Any]]:

@@ -14,6 +14,7 @@ import hf_sai
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
+    "hf_sai.activations": 3,
     "hf_sai.config": 1,
     "hf_sai.files": 1,
     "hf_sai.optim": 1,
@@ -26,6 +27,7 @@ FLOORS = {
     "hf_sai.memory": 3,
     "hf_sai.model_build": 3,
     "hf_sai.model_shapes": 3,
+    "hf_sai.quantization": 3,
     "hf_sai.registration": 4,
     "hf_sai.hub": 4,
     "hf_sai.callback": 5,

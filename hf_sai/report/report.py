@@ -14,20 +14,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import CommitInfo, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
 from ..files import write_whole
-from ..optim.registry import OptimizerRecord, record_of
-from ..optim.routing import ADAM, Route
-from ..upload import Destination, upload
 from . import schema
 from .schema import SCHEMA, STATUSES, ReportError
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a report is read and shown without torch and without the Hub's client
+    from huggingface_hub import CommitInfo
+
+    from ..optim.registry import OptimizerRecord
+    from ..optim.routing import Route
     from .compare import ReportDiff
+
+ADAM = "adam"  # as `hf_sai.optim.routing` writes it; a test holds the two together
 
 REPORT_JSON = "gsnr_report.json"
 REPORT_PNG = "gsnr_report.png"
@@ -378,10 +377,13 @@ class GSNRReport:
         """
         if Path(repo_id_or_path).exists():
             return cls.load(repo_id_or_path)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
         try:
             file = hf_hub_download(str(repo_id_or_path), REPORT_JSON, revision=revision, token=token)
         except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())  # whole: the advice on private and gated ones comes last
             raise ReportError(
                 f"a g-SNR report must be a file, a folder or a Hub repository with {REPORT_JSON}, but "
                 f"{repo_id_or_path!s} gave {type(error).__name__}: {reason}"
@@ -415,6 +417,8 @@ class GSNRReport:
         Raises:
             `UploadError`: It did not work out.
         """
+        from ..upload import Destination, upload
+
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             files = {path.name: path for path in Path(folder).iterdir()}
@@ -459,6 +463,8 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def _record_of(optimizer: Any) -> OptimizerRecord:
+    from ..optim.registry import record_of
+
     record = record_of(optimizer)
     if record is not None:
         return record
@@ -545,6 +551,8 @@ def format_bytes(count: int) -> str:
 
 def optimizer_state_bytes(optimizer: Any) -> int:
     """Bytes of the tensors in the optimizer's state."""
+    import torch
+
     return sum(
         value.numel() * value.element_size()
         for state in optimizer.state.values()
