@@ -76,11 +76,30 @@ class _Attention(torch.autograd.Function):
         raise NotImplementedError
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """A product for each expert, whose kernel the meta device has in bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows if weights.requires_grad else None, weights)
+        return rows.new_empty(*rows.shape[:-1], weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In the place of `scaled_dot_product_attention`, for tensors of four dimensions."""
     if query.ndim != 4:
         return _original(query, key, value, *args, **kwargs)
     found: Tensor = _Attention.apply(query, key, value)
+    return found
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """In the place of `grouped_mm`."""
+    found: Tensor = _GroupedProduct.apply(rows, weights)
     return found
 
 
@@ -94,15 +113,24 @@ class _Ones(TorchDispatchMode):
 
 
 _original = nn.functional.scaled_dot_product_attention
+_REPLACED = (
+    (nn.functional, "scaled_dot_product_attention", _attention),
+    (nn.functional, "grouped_mm", _grouped_product),
+    (torch, "_grouped_mm", _grouped_product),
+)
 
 
 @contextlib.contextmanager
-def _counted_attention() -> Iterator[None]:
-    nn.functional.scaled_dot_product_attention = _attention
+def _counted_kernels() -> Iterator[None]:
+    """Kernels that the meta device has not, or not as an accelerator runs them, replaced by what they keep."""
+    kernels = [(home, name, getattr(home, name), ours) for home, name, ours in _REPLACED if hasattr(home, name)]
     try:
+        for home, name, _, ours in kernels:
+            setattr(home, name, ours)
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = _original
+        for home, name, theirs, _ in kernels:
+            setattr(home, name, theirs)
 
 
 def forward_bytes(
@@ -140,7 +168,8 @@ def forward_bytes(
             _use_checkpoints(model, checkpoint)
         output = _forward(model, batch, sequence, kept)
     except Exception as error:  # a model's forward pass may look at numbers, which the meta device has not
-        return None, f"{type(model).__name__} does not run on the meta device ({type(error).__name__})"
+        name = type(_inner(model)).__name__
+        return None, f"{name} does not run on the meta device with plain inputs ({type(error).__name__})"
     kept.add(output)
     return kept.bytes() + again + kept.largest(), ""
 
@@ -155,13 +184,28 @@ def _use_checkpoints(model: Any, checkpoint: Callable[..., Any]) -> None:
 def _forward(model: Any, batch: int, sequence: int | None, kept: _Kept) -> Any:
     """Runs with labels where the model takes some and its loss runs on the meta device; else without."""
     inputs, labels = model_inputs(model, batch, sequence)
-    with _counted_attention(), _Ones():
-        for given in [{**inputs, "labels": each} for each in labels] if labels else []:
-            with contextlib.suppress(Exception), kept.hooks():
-                return model(**given)
-            kept.storages.clear()
-        with kept.hooks():
-            return model(**inputs)
+    attempts = [{**inputs, "labels": each} for each in labels] + [inputs] + _other_inputs(model, inputs)
+    error: Exception | None = None
+    with _counted_kernels(), _Ones():
+        for given in attempts:
+            try:
+                with kept.hooks():
+                    return model(**given)
+            except Exception as failed:
+                error = failed if given is inputs else error
+                kept.storages.clear()
+    raise error or ValueError("the model takes none of the inputs")
+
+
+def _other_inputs(model: Any, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """For models that want a picture beside the text, or the frames of a spectrum before its bands."""
+    found, some = [], next(iter(inputs.values()))
+    if "pixel_values" not in inputs and "pixel_values" in inspect.signature(_inner(model).forward).parameters:
+        picture = _main_input("pixel_values", model.config, len(some), some, str(some.device))
+        found.append({**inputs, "pixel_values": picture})
+    if "input_features" in inputs:
+        found.append({**inputs, "input_features": inputs["input_features"].mT})
+    return found
 
 
 def sequence_of(model: Any, asked: int | None) -> int | None:

@@ -114,7 +114,7 @@ def _routes(model: nn.Module) -> tuple[dict[Tensor, str], str]:
     try:
         return {row.param: row.route for row in route_parameters(model)}, ""
     except ValueError:
-        rest = dict.fromkeys(model.parameters(), "adam")
+        rest: dict[Tensor, str] = dict.fromkeys(model.parameters(), "adam")
         return rest, "SWAN has no matrix to whiten here: Adam takes all."
 
 
@@ -214,17 +214,10 @@ def _classes(
 def _model_class(config: Any, architectures: Any, source: str) -> Any:
     """The class that 'architectures' names, and without it the headless model of the configuration."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     names = architectures if isinstance(architectures, list) else [architectures] if architectures else []
     if not names:
-        if type(config) not in MODEL_MAPPING:
-            raise ValueError(
-                f"'architectures' of {source} must name a model of transformers but names none, and model_type "
-                f"{config.model_type!r} has no model of its own; add the name of the class to config.json"
-            )
-        found = MODEL_MAPPING[type(config)]
-        return found[0] if isinstance(found, tuple) else found
+        return _usual_class(config, source)
     found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
@@ -232,6 +225,22 @@ def _model_class(config: Any, architectures: Any, source: str) -> Any:
             f"class, such as LlamaForCausalLM, or take the field out of config.json"
         )
     return found
+
+
+def _usual_class(config: Any, source: str) -> Any:
+    """The headless model of a configuration, or what transformers has for it instead."""
+    from transformers.models.auto import modeling_auto
+
+    others = sorted(name for name in vars(modeling_auto) if name.startswith("MODEL_FOR") and name.endswith("_MAPPING"))
+    for name in ("MODEL_MAPPING", *others):
+        mapping = getattr(modeling_auto, name)
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(
+        f"'architectures' of {source} must name a model of transformers but names none, and transformers has none for "
+        f"model_type {config.model_type!r} alone; add the name of the class to config.json"
+    )
 
 
 def _classes_of_repository(own_code: dict[str, Any], source: str, revision: str | None) -> tuple[Any, Any]:
@@ -287,6 +296,9 @@ def _built(model_class: Any, config: Any, dtype: str) -> Any:
     except Exception as error:  # transformers raises whatever a configuration leads to
         name = model_class.__name__
         raise ValueError(f"transformers can't build {name} of this configuration: {_line(error)}") from None
+    if any(param.device.type != "meta" for param in model.parameters()):  # made by torch.FloatTensor and its like
+        model.to("meta")
+        model.tie_weights()
     wide = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == "float16":
         wide |= set(getattr(model, "_keep_in_fp32_modules", None) or ())

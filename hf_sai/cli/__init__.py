@@ -51,7 +51,7 @@ def _end_without_output(error: OSError) -> NoReturn:
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere, without a traceback
     remedy = "read all of it" if error.errno == errno.EPIPE else "free space, or send it elsewhere"
-    sys.__stderr__.write(f"hf-sai: the output must be written whole but: {error.strerror or error}; {remedy}\n")
+    os.write(2, f"hf-sai: the output must be written whole but: {error.strerror or error}; {remedy}\n".encode())
     raise SystemExit(2 if sys.argv[1:2] == ["compare"] else 1)
 
 

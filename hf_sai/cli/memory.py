@@ -217,9 +217,9 @@ def _notes(facts: dict[str, Any], rows: list[MemoryRow], card: int | None) -> li
         notes.append(f"largest: parameters of a LLaMA of Llama-2's proportions whose peak fits {facts['gpu']}.")
     notes += [facts["note"]] if facts["note"] else []
     state = {row.optimizer: row.state for row in rows}
-    if facts["model"] in PUBLISHED and facts["dtype"] == "float32" and facts["lora_rank"] is None:
-        if facts["zero"] is None and {"sgd_sai", "adamw"} <= set(state):
-            notes.append(_beside_the_paper(PUBLISHED[facts["model"]], state))
+    as_published = facts["dtype"] == "float32" and facts["lora_rank"] is None and facts["zero"] is None
+    if facts["model"] in PUBLISHED and as_published and {"sgd_sai", "adamw"} <= set(state):
+        notes.append(_beside_the_paper(PUBLISHED[facts["model"]], state))
     return [line for note in notes for line in textwrap.wrap(note, 80, break_on_hyphens=False)]
 
 
