@@ -186,7 +186,11 @@ def rows(names: list[str]) -> list[dict[str, Any]]:
                 said = predicted(folder, batch, sequence, rank)
                 for name in OPTIMIZERS:
                     took = measured(folder, batch, sequence, rank, name)
-                    row: dict[str, Any] = {"model": model, "trains": "all" if rank is None else f"LoRA {rank}", "optimizer": name}
+                    row: dict[str, Any] = {
+                        "model": model,
+                        "trains": "all" if rank is None else f"LoRA {rank}",
+                        "optimizer": name,
+                    }
                     row |= {"predicted": said[name]["peak"], "measured": took, **said[name]}
                     found.append({**row, "ratio": round(said[name]["peak"] / took, 3)})
                     print(row["model"], row["trains"], name, f"{found[-1]['ratio']:.3f}", f"{took / 2**20:.0f} MiB")

@@ -175,7 +175,9 @@ def forward_bytes(
 
 
 def _use_checkpoints(model: Any, checkpoint: Callable[..., Any]) -> None:
-    model.gradient_checkpointing_enable()
+    # The first since transformers 5.2x, which warns of the second.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = checkpoint

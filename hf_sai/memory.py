@@ -141,10 +141,10 @@ def _adamw_8bit(row: Tensors) -> int:
 
 
 def _adafactor(row: Tensors) -> int:
-    """Float32 means of rows and columns; of what has neither, of every element."""
+    """Float32 means of rows and columns, of what has neither of every element; and the parameter's RMS."""
     if len(row.shape) < 2:
-        return 4 * row.numel
-    return 4 * (math.prod(row.shape[:-1]) + math.prod(row.shape[:-2]) * row.shape[-1])
+        return 4 * row.numel + 4
+    return 4 * (math.prod(row.shape[:-1]) + math.prod(row.shape[:-2]) * row.shape[-1]) + 4
 
 
 def _one_buffer(row: Tensors) -> int:
