@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from common import command, machine, markdown_table, write_results
+from peft import LoraConfig, get_peft_model
+
+import hf_sai
+import hf_sai.integration
+from hf_sai.activations import model_inputs
+from hf_sai.memory import memory_rows
+from hf_sai.model_build import shapes_of_source
+from hf_sai.model_shapes import Training
 
 
 TEXT = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -24,8 +35,8 @@ TEXT = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 6, "num_att
 MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
     "LLaMA": (
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": 1376, **TEXT},
-        4,
-        256,
+        2,
+        160,
     ),
     "GPT-2": (
         {
@@ -37,7 +48,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
             "vocab_size": 8192,
         },
         2,
-        256,
+        128,
     ),
     "Mixtral": (
         {
@@ -50,7 +61,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
             "num_local_experts": 8,
         },
         2,
-        256,
+        128,
     ),
     "T5": (
         {
@@ -65,7 +76,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
             "n_positions": 256,
         },
         2,
-        256,
+        128,
     ),
     "ViT": (
         {
@@ -76,7 +87,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
             "num_attention_heads": 8,
             "intermediate_size": 2048,
         },
-        8,
+        4,
         None,
     ),
     "wav2vec2": (
@@ -88,8 +99,8 @@ MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
             "num_attention_heads": 8,
             "intermediate_size": 2048,
         },
-        2,
-        250,
+        1,
+        200,
     ),
 }
 OPTIMIZERS = ("adamw", "sgd_sai", "swan")
@@ -101,10 +112,6 @@ BATCH_BYTES = 2**30
 
 def predicted(folder: str, batch: int, sequence: int | None, rank: int | None) -> dict[str, Any]:
     """Bytes by optimizer, and of activations, as the command line has them."""
-    from hf_sai.memory import memory_rows
-    from hf_sai.model_build import shapes_of_source
-    from hf_sai.model_shapes import Training
-
     training = Training(dtype="float32", lora_rank=rank, batch=batch, sequence=sequence)
     rows = memory_rows(shapes_of_source(folder, training), OPTIMIZERS)
     return {row.optimizer: {"peak": row.peak, "total": row.total, "activations": row.activations} for row in rows}
@@ -118,13 +125,6 @@ def resident(field: str) -> int:
 
 def train(folder: str, batch: int, sequence: int | None, rank: int | None, name: str) -> int:
     """Bytes that a training takes; in a process of its own."""
-    import torch
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
-    import hf_sai
-    from hf_sai.activations import model_inputs
-
     fields = json.loads((Path(folder) / "config.json").read_text())
     model_class = getattr(transformers, fields["architectures"][0])
 
@@ -159,20 +159,10 @@ def train(folder: str, batch: int, sequence: int | None, rank: int | None, name:
     return resident("VmHWM") - before
 
 
-def measured(folder: str, batch: int, sequence: int | None, rank: int | None, name: str) -> int:
-    """The same, from a process that gives memory back as soon as it is free."""
-    arguments = json.dumps([folder, batch, sequence, rank, name])
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--one", arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    return int(done.stdout.split()[-1])
+def forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives in a process of its own, which has imported all."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def rows(names: list[str]) -> list[dict[str, Any]]:
@@ -183,9 +173,9 @@ def rows(names: list[str]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
             for rank in RANKS:
-                said = predicted(folder, batch, sequence, rank)
+                said = forked(predicted, folder, batch, sequence, rank)
                 for name in OPTIMIZERS:
-                    took = measured(folder, batch, sequence, rank, name)
+                    took = forked(train, folder, batch, sequence, rank, name)
                     row: dict[str, Any] = {
                         "model": model,
                         "trains": "all" if rank is None else f"LoRA {rank}",
@@ -201,11 +191,12 @@ def main(argv: list[str] | None = None) -> None:
     """Measures, and writes `results/memory.json` and `.md`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.one:
-        print(train(*json.loads(args.one)))
-        return
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # so that memory goes back as soon as it is free
+        environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execve(sys.executable, [sys.executable, __file__, *arguments], {**os.environ, **environment})
     found = rows(args.models)
     cells = [
         [

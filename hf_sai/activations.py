@@ -89,10 +89,15 @@ class _GroupedProduct(torch.autograd.Function):
         raise NotImplementedError
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """In the place of `scaled_dot_product_attention`, for tensors of four dimensions."""
-    if query.ndim != 4:
-        return _original(query, key, value, *args, **kwargs)
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """
+    In the place of `scaled_dot_product_attention`. Tensors of other than four dimensions, and a bias that is trained
+    (T5's), go to the kernel that keeps the scores.
+    """
+    if query.ndim != 4 or (attn_mask is not None and attn_mask.requires_grad):
+        return _original(query, key, value, attn_mask, *args, **kwargs)
     found: Tensor = _Attention.apply(query, key, value)
     return found
 

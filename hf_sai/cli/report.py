@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -35,7 +35,7 @@ def report(
     from ..report.terminal import report_view
 
     if (html or open_page) and markdown:
-        raise typer.BadParameter("--html and --markdown exclude each other; give one")
+        refuse("--html and --markdown exclude each other; give one")
     _check_output(output, html or open_page)
     _check_revision("--revision", revision, source)
     with _one_sentence(1):
@@ -107,6 +107,17 @@ def compare(
         raise typer.Exit(1)
 
 
+def refuse(message: str) -> NoReturn:
+    """
+    What the parser does with a wrong option, in one sentence.
+
+    Raises:
+        `typer.Exit`: With 2.
+    """
+    typer.echo(f"hf-sai: {message}", err=True)
+    raise typer.Exit(2)
+
+
 def _loaded(source: str, revision: str | None, which: str = "") -> GSNRReport:
     """
     A run's report.
@@ -125,7 +136,7 @@ def _loaded(source: str, revision: str | None, which: str = "") -> GSNRReport:
 def _check_revision(option: str, revision: str | None, source: str) -> None:
     """Refuses a revision that would not be used."""
     if revision is not None and Path(source).exists():
-        raise typer.BadParameter(
+        refuse(
             f"{option} is of a repository of the Hub, but {source} is a file or folder here, which has none; leave "
             f"{option} out"
         )
@@ -135,7 +146,7 @@ def _check_output(output: Path | None, is_page: bool) -> None:
     """Refuses a page under the name of a text, and a text under that of a page."""
     if output is not None and is_page != (output.suffix.lower() in (".html", ".htm")):
         remedy = f"write {output.stem}.html" if is_page else "add --html, or write another name"
-        raise typer.BadParameter(f"--output {output} is {'no ' * is_page}name of a page; {remedy}")
+        refuse(f"--output {output} is {'no' if is_page else 'the'} name of a page; {remedy}")
 
 
 def _show(view: Any) -> None:
