@@ -117,11 +117,19 @@ class _Ones(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Autocast(torch.autocast):
+    """`torch.autocast` for the meta device too, which has none: PEFT and models turn it off for a part of theirs."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
 _original = nn.functional.scaled_dot_product_attention
 _REPLACED = (
     (nn.functional, "scaled_dot_product_attention", _attention),
     (nn.functional, "grouped_mm", _grouped_product),
     (torch, "_grouped_mm", _grouped_product),
+    (torch, "autocast", _Autocast),
 )
 
 
