@@ -187,17 +187,8 @@ def rows(names: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measures, and writes `results/memory.json` and `.md`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    args = parser.parse_args(argv)
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # so that memory goes back as soon as it is free
-        environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
-        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        arguments = sys.argv[1:] if argv is None else argv
-        os.execve(sys.executable, [sys.executable, __file__, *arguments], {**os.environ, **environment})
-    found = rows(args.models)
+def report(found: list[dict[str, Any]], argv: list[str] | None) -> None:
+    """Writes the results."""
     cells = [
         [
             row["model"],
@@ -213,6 +204,19 @@ def main(argv: list[str] | None = None) -> None:
     table = markdown_table(["model", "trains", "optimizer", "predicted MiB", "measured MiB", "ratio"], cells)
     results = {"command": command(__file__, argv), "machine": machine("transformers", "peft"), "rows": found}
     write_results("memory", results, f"{table}\n\nWithin 10 %: {within} of {len(found)}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, and writes `results/memory.json` and `.md`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    args = parser.parse_args(argv)
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # so that memory goes back as soon as it is free
+        environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execve(sys.executable, [sys.executable, __file__, *arguments], {**os.environ, **environment})
+    report(rows(args.models), argv)
 
 
 if __name__ == "__main__":
