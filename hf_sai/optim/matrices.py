@@ -1,0 +1,195 @@
+"""What SWAN does with matrices of one shape: they are batched, whitened by one call, and move together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .routing import Layout
+from .sgd_update import round_stochastically_
+from .sharding import sharding_of
+from .tensors import is_sharded, local
+from .whitening import IN_DTYPE, in_range, normalized, rescaled, whitened
+
+
+WHITENING_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Bytes that whitening needs per element of a batch, copies and products included: measured, see tests/test_swan.py.
+BYTES_PER_ELEMENT = 32
+# On the CPU a batch stays near the caches: larger ones cost page faults.
+CPU_BATCH_BYTES, ACCELERATOR_BATCH_BYTES = 2**24, 2**30
+
+
+@dataclass
+class Matrix:
+    """A tensor to whiten in this step; `source` is its gradient, or the running mean of it."""
+
+    group: dict[str, Any]
+    name: str
+    param: Tensor
+    source: Tensor
+    layout: Layout
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Tensors with the same key can be stacked and whitened by one call."""
+        place = sharding_of(self.param).key if is_sharded(self.param) else ()
+        names = ("whitening", "ns_steps", "ns_beta", "whitening_dtype", "maximize")
+        options = [self.group[name] for name in names]
+        options.append(bool(self.group["momentum"]))
+        return (tuple(self.param.shape), self.layout, self.param.device, self.source.dtype, place, *options)
+
+    @property
+    def update_dtype(self) -> torch.dtype:
+        """Of its update: what its whitening multiplies in."""
+        if self.group["whitening"] in IN_DTYPE:
+            return WHITENING_DTYPES[self.group["whitening_dtype"]]
+        return torch.promote_types(self.source.dtype, torch.float32)
+
+
+@dataclass
+class Batch:
+    """
+    Matrices with the same key.
+
+    Args:
+        matrices (`list[Matrix]`): They.
+        size (`torch.Tensor`): `[k]`: how large their gradients are, as `whitening.sizes` gives it.
+        finite (`torch.Tensor`, *optional*): `[k]`: whose gradient is finite; `None` if all are.
+    """
+
+    matrices: list[Matrix]
+    size: Tensor
+    finite: Tensor | None = None
+
+    def one_by_one(self) -> list[Batch]:
+        """As batches of one matrix each."""
+        return [
+            Batch([matrix], self.size[i : i + 1], None if self.finite is None else self.finite[i : i + 1])
+            for i, matrix in enumerate(self.matrices)
+        ]
+
+    def flags(self, ndim: int) -> Tensor | None:
+        """`finite`, to be laid over a stack of tensors of `ndim` dimensions."""
+        return None if self.finite is None else self.finite.view(-1, *[1] * ndim)
+
+    def stack(self) -> Tensor:
+        """`[k, *local shape]`: what is whitened, zeros in place of what is not finite."""
+        pieces = [local(matrix.source) for matrix in self.matrices]
+        stack = pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
+        good = self.flags(stack.ndim - 1)
+        return stack if good is None else torch.where(good, stack, 0.0)
+
+
+def batches_of(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
+    """Batches of equal key, within the bound on extra memory; sharded ones larger by the ranks that share them."""
+    by_key: dict[Any, list[Matrix]] = {}
+    for matrix in matrices:
+        by_key.setdefault(matrix.key, []).append(matrix)
+    return [batch for same in by_key.values() for batch in _chunks(same)]
+
+
+def _chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
+    param = matrices[0].param
+    bound = min(batch_bytes(matrix) for matrix in matrices)
+    ranks = sharding_of(param).ranks if is_sharded(param) else 1
+    size = max(1, bound // (BYTES_PER_ELEMENT * max(1, param.numel()))) * ranks
+    for start in range(0, len(matrices), size):
+        yield matrices[start : start + size]
+
+
+def batch_bytes(matrix: Matrix) -> int:
+    """The bound on the extra memory of whitening."""
+    default = CPU_BATCH_BYTES if matrix.param.device.type == "cpu" else ACCELERATOR_BATCH_BYTES
+    return int(matrix.group["max_batch_bytes"] or default)
+
+
+def whiten(batch: Batch) -> Tensor:
+    """Update directions in the shape of the parameters, each of RMS 1 (where all rows have deviation)."""
+    return directions(in_range(batch.stack(), batch.size), batch.matrices[0])
+
+
+def directions(stack: Tensor, like: Matrix) -> Tensor:
+    """
+    Update directions of gradients that are in range.
+
+    Args:
+        stack (`torch.Tensor`): `[k, *shape]`, float32 or float64.
+        like (`Matrix`): One of them.
+    """
+    group = like.group
+    normed, target = normalized(like.layout.matrices(stack), _resolution(like), like.update_dtype)
+    return like.layout.tensors(_whitened(normed, target, group), stack.shape[1:])
+
+
+def normalized_pieces(stack: Tensor, like: Matrix) -> Tensor:
+    """GradNorm of pieces that hold whole rows."""
+    layout = dataclasses.replace(like.layout, parts=1)
+    if stack.numel() == 0:
+        return stack.to(like.update_dtype)
+    normed, _ = normalized(layout.matrices(stack), _resolution(like), like.update_dtype)
+    return layout.tensors(normed, stack.shape[1:])
+
+
+def whitened_directions(stack: Tensor, like: Matrix) -> Tensor:
+    """Update directions of matrices that GradNorm has seen."""
+    flat = like.layout.matrices(stack)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    target = torch.linalg.vector_norm(flat, dim=(-2, -1), dtype=wide)
+    return like.layout.tensors(_whitened(flat, target, like.group), stack.shape[1:])
+
+
+def _whitened(normed: Tensor, target: Tensor, group: dict[str, Any]) -> Tensor:
+    found = whitened(normed, group["whitening"], group["ns_steps"], group["ns_beta"])
+    return rescaled(found, -target if group["maximize"] else target)
+
+
+def _resolution(matrix: Matrix) -> float:
+    return torch.finfo(matrix.source.dtype).eps
+
+
+def move(batch: Batch, updates: Sequence[Tensor]) -> None:
+    """
+    `W (1 - lr * weight_decay) - lr * scale * dW` in float32, rounded once; no decay without a finite gradient.
+
+    Args:
+        batch (`Batch`): Whose parameters move.
+        updates (sequence of `torch.Tensor`): One for each, zeros where the gradient is not finite.
+    """
+    start = 0
+    for end in range(1, len(updates) + 1):  # neighbours of one group go together
+        if end == len(updates) or batch.matrices[end].group is not batch.matrices[start].group:
+            finite = None if batch.finite is None else batch.finite[start:end]
+            _move_group(
+                [matrix.param for matrix in batch.matrices[start:end]],
+                updates[start:end],
+                finite,
+                batch.matrices[start].group,
+            )
+            start = end
+
+
+def _move_group(params: list[Tensor], updates: Sequence[Tensor], finite: Tensor | None, group: dict[str, Any]) -> None:
+    lr = float(group["lr"])
+    decay = lr * group["weight_decay"]
+    pieces = [local(param) for param in params]
+    dtype = pieces[0].dtype
+    if dtype == torch.promote_types(dtype, torch.float32) and (finite is None or not decay):
+        if decay:
+            torch._foreach_mul_(pieces, 1.0 - decay)
+        if pieces[0].device.type != "cpu":  # there lists of one dtype go in one launch
+            updates = torch.stack(list(updates)).to(dtype).unbind(0)
+        torch._foreach_add_(pieces, list(updates), alpha=-lr * group["scale"])
+        return
+    wide = torch.stack(pieces).to(torch.promote_types(dtype, torch.float32))
+    if decay:
+        kept = 1.0 if finite is None else finite.view(-1, *[1] * (wide.ndim - 1)).to(wide.dtype)
+        wide.mul_(1.0 - decay * kept)
+    wide.add_(torch.stack(list(updates)), alpha=-lr * group["scale"])
+    if group["stochastic_rounding"] and dtype == torch.bfloat16:
+        round_stochastically_(wide)
+    torch._foreach_copy_(pieces, list(wide.unbind(0)))
