@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 
-from .live import splitting_mode
+from .live import splitting_mode, under_ddp
 from .optim.registry import (
     OptimizerRecord,
     OptionError,
@@ -216,10 +216,11 @@ def _targets(target_modules: str | list[str] | None) -> Callable[[str, nn.Module
     return lambda name, module: target_module_matches(target_modules, name)
 
 
-# The host's settings for Adam, by the argument that they are of a constructor here.
+# The host's settings, by the argument that they are of a constructor here.
 _HOST_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "betas": lambda args: (args.adam_beta1, args.adam_beta2),
     "eps": lambda args: args.adam_epsilon,
+    "share_whitening": under_ddp,
 }
 
 

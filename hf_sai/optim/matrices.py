@@ -21,7 +21,7 @@ WHITENING_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Bytes that whitening needs per element of a batch, copies and products included: measured, see tests/test_swan.py.
 BYTES_PER_ELEMENT = 32
 # On the CPU a batch stays near the caches: larger ones cost page faults.
-CPU_BATCH_BYTES, ACCELERATOR_BATCH_BYTES = 2**24, 2**30
+CPU_BATCH_BYTES, ACCELERATOR_BATCH_BYTES = 2**25, 2**30
 
 
 @dataclass
@@ -108,22 +108,54 @@ def batch_bytes(matrix: Matrix) -> int:
     return int(matrix.group["max_batch_bytes"] or default)
 
 
+def whiten_and_move(batch: Batch) -> None:
+    """Moves the parameters of a batch by their whitened gradients."""
+    found, target = _whiten(batch)
+    count, done = len(found) // len(batch.matrices), 0
+    for part in parts_of(batch):
+        these = slice(done, done + count * len(part.matrices))
+        updates = rescaled(found[these], target[these])
+        move(part, batch.matrices[0].layout.tensors(updates, batch.matrices[0].param.shape).unbind(0))
+        done = these.stop
+
+
 def whiten(batch: Batch) -> Tensor:
-    """Update directions in the shape of the parameters, each of RMS 1 (where all rows have deviation)."""
-    return directions(in_range(batch.stack(), batch.size), batch.matrices[0])
+    """`[k, *shape]`: update directions of a batch, each of RMS 1 (where all rows have deviation)."""
+    first = batch.matrices[0]
+    return first.layout.tensors(rescaled(*_whiten(batch)), first.param.shape)
+
+
+def _whiten(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The whitened matrices, and the norms that they are to have."""
+    first, done = batch.matrices[0], 0
+    targets: list[Tensor] = []
+    for part in parts_of(batch):
+        flat = first.layout.matrices(in_range(part.stack(), part.size))
+        normed, target = normalized(flat, _resolution(first))
+        if not targets:
+            x = _empty_like(normed, len(flat) // len(part.matrices) * len(batch.matrices), first.update_dtype)
+        x[done : done + len(flat)] = normed  # rounds
+        done += len(flat)
+        targets.append(-target if first.group["maximize"] else target)
+    return _whitened(x, first.group), torch.cat(targets)
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """What goes over memory together: on the CPU one matrix, as fits its cache; elsewhere all, in one launch."""
+    return batch.one_by_one() if batch.size.device.type == "cpu" else [batch]
+
+
+def _empty_like(flat: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """`[count, m, n]`, each in memory as in `flat`."""
+    if flat.mT.is_contiguous() and not flat.is_contiguous():
+        return flat.new_empty(count, flat.shape[-1], flat.shape[-2], dtype=dtype).mT
+    return flat.new_empty(count, *flat.shape[-2:], dtype=dtype)
 
 
 def directions(stack: Tensor, like: Matrix) -> Tensor:
-    """
-    Update directions of gradients that are in range.
-
-    Args:
-        stack (`torch.Tensor`): `[k, *shape]`, float32 or float64.
-        like (`Matrix`): One of them.
-    """
-    group = like.group
+    """Update directions of gradients that are in range: `[k, *shape]`, float32 or float64."""
     normed, target = normalized(like.layout.matrices(stack), _resolution(like), like.update_dtype)
-    return like.layout.tensors(_whitened(normed, target, group), stack.shape[1:])
+    return _directions(normed, target, like, stack.shape[1:])
 
 
 def normalized_pieces(stack: Tensor, like: Matrix) -> Tensor:
@@ -140,12 +172,16 @@ def whitened_directions(stack: Tensor, like: Matrix) -> Tensor:
     flat = like.layout.matrices(stack)
     wide = torch.promote_types(flat.dtype, torch.float32)
     target = torch.linalg.vector_norm(flat, dim=(-2, -1), dtype=wide)
-    return like.layout.tensors(_whitened(flat, target, like.group), stack.shape[1:])
+    return _directions(flat, target, like, stack.shape[1:])
 
 
-def _whitened(normed: Tensor, target: Tensor, group: dict[str, Any]) -> Tensor:
-    found = whitened(normed, group["whitening"], group["ns_steps"], group["ns_beta"])
-    return rescaled(found, -target if group["maximize"] else target)
+def _directions(normed: Tensor, target: Tensor, like: Matrix, shape: torch.Size) -> Tensor:
+    found = rescaled(_whitened(normed, like.group), -target if like.group["maximize"] else target)
+    return like.layout.tensors(found, shape)
+
+
+def _whitened(normed: Tensor, group: dict[str, Any]) -> Tensor:
+    return whitened(normed, group["whitening"], group["ns_steps"], group["ns_beta"])
 
 
 def _resolution(matrix: Matrix) -> float:

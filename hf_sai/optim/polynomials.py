@@ -116,7 +116,7 @@ def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tenso
     Eigenvalues below the interval of the polynomials get at most the product of their first coefficients.
 
     Args:
-        gram (`torch.Tensor`): `[k, m, m]`; overwritten where `first` is false.
+        gram (`torch.Tensor`): `[k, m, m]`.
         coefficients (tuple of triples): `a`, `b`, `c` of each.
         first (`bool`, *optional*, defaults to `True`): Whether the scale is open. It is then taken from
             `||R^2||_F^(1/4)`, the 8-norm of the singular values: it bounds the largest from above as `||X||` does, but
@@ -134,14 +134,10 @@ def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tenso
             z = squared.mul_((c * inverse * inverse).to(gram.dtype)).add_(gram, alpha=b)
         else:
             z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        if index + 1 < len(coefficients):  # p(X) p(X)^T = (Z + a) R (Z + a)
-            half = torch.baddbmm(gram, gram, z, beta=a)
-            gram = torch.baddbmm(half, z, half, beta=a)
-        if root is None:
-            root = z
-            root.diagonal(dim1=-2, dim2=-1).add_(a)
-        else:
-            root = torch.baddbmm(root, root, z, beta=a)
+        z.diagonal(dim1=-2, dim2=-1).add_(a)
+        if index + 1 < len(coefficients):  # the Gram matrix of p(X)
+            gram = torch.bmm(z, torch.bmm(gram, z))
+        root = z if root is None else torch.bmm(root, z)
     assert root is not None  # there is at least one
     return root if scale is None else root.mul_(scale.to(root.dtype))
 
