@@ -14,7 +14,7 @@ from .routing import Layout
 from .sgd_update import round_stochastically_
 from .sharding import sharding_of
 from .tensors import is_sharded, local
-from .whitening import IN_DTYPE, in_range, normalized, rescaled, whitened
+from .whitening import IN_DTYPE, factors_to, in_range, normalized, whitened
 
 
 WHITENING_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -108,25 +108,14 @@ def batch_bytes(matrix: Matrix) -> int:
     return int(matrix.group["max_batch_bytes"] or default)
 
 
-def whiten_and_move(batch: Batch) -> None:
-    """Moves the parameters of a batch by their whitened gradients."""
-    found, target = _whiten(batch)
-    count, done = len(found) // len(batch.matrices), 0
-    for part in parts_of(batch):
-        these = slice(done, done + count * len(part.matrices))
-        updates = rescaled(found[these], target[these])
-        move(part, batch.matrices[0].layout.tensors(updates, batch.matrices[0].param.shape).unbind(0))
-        done = these.stop
+def whiten(batch: Batch) -> tuple[Tensor, Tensor]:
+    """
+    Update directions of a batch.
 
-
-def whiten(batch: Batch) -> Tensor:
-    """`[k, *shape]`: update directions of a batch, each of RMS 1 (where all rows have deviation)."""
-    first = batch.matrices[0]
-    return first.layout.tensors(rescaled(*_whiten(batch)), first.param.shape)
-
-
-def _whiten(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The whitened matrices, and the norms that they are to have."""
+    Returns:
+        `(torch.Tensor, torch.Tensor)`: `[k, *shape]` of `update_dtype`, and `[k]`, float32 or float64: what these have
+            to be multiplied by to have RMS 1 (where all rows have deviation).
+    """
     first, done = batch.matrices[0], 0
     targets: list[Tensor] = []
     for part in parts_of(batch):
@@ -136,8 +125,8 @@ def _whiten(batch: Batch) -> tuple[Tensor, Tensor]:
             x = _empty_like(normed, len(flat) // len(part.matrices) * len(batch.matrices), first.update_dtype)
         x[done : done + len(flat)] = normed  # rounds
         done += len(flat)
-        targets.append(-target if first.group["maximize"] else target)
-    return _whitened(x, first.group), torch.cat(targets)
+        targets.append(target)
+    return _directions(x, torch.cat(targets), first, first.param.shape)
 
 
 def parts_of(batch: Batch) -> list[Batch]:
@@ -152,8 +141,8 @@ def _empty_like(flat: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return flat.new_empty(count, *flat.shape[-2:], dtype=dtype)
 
 
-def directions(stack: Tensor, like: Matrix) -> Tensor:
-    """Update directions of gradients that are in range: `[k, *shape]`, float32 or float64."""
+def directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor]:
+    """As [`whiten`], of gradients that are in range: `[k, *shape]`, float32 or float64."""
     normed, target = normalized(like.layout.matrices(stack), _resolution(like), like.update_dtype)
     return _directions(normed, target, like, stack.shape[1:])
 
@@ -167,65 +156,73 @@ def normalized_pieces(stack: Tensor, like: Matrix) -> Tensor:
     return layout.tensors(normed, stack.shape[1:])
 
 
-def whitened_directions(stack: Tensor, like: Matrix) -> Tensor:
-    """Update directions of matrices that GradNorm has seen."""
+def whitened_directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor]:
+    """As [`whiten`], of matrices that GradNorm has seen."""
     flat = like.layout.matrices(stack)
     wide = torch.promote_types(flat.dtype, torch.float32)
     target = torch.linalg.vector_norm(flat, dim=(-2, -1), dtype=wide)
     return _directions(flat, target, like, stack.shape[1:])
 
 
-def _directions(normed: Tensor, target: Tensor, like: Matrix, shape: torch.Size) -> Tensor:
-    found = rescaled(_whitened(normed, like.group), -target if like.group["maximize"] else target)
-    return like.layout.tensors(found, shape)
-
-
-def _whitened(normed: Tensor, group: dict[str, Any]) -> Tensor:
-    return whitened(normed, group["whitening"], group["ns_steps"], group["ns_beta"])
+def _directions(normed: Tensor, target: Tensor, like: Matrix, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    group = like.group
+    found = whitened(normed, group["whitening"], group["ns_steps"], group["ns_beta"])
+    factors = factors_to(found, -target if group["maximize"] else target)
+    updates = like.layout.tensors(found, shape)
+    if len(updates) < len(found):  # several matrices in one tensor, each with its own
+        found.mul_(factors.view(-1, 1, 1))
+        updates, factors = like.layout.tensors(found, shape), torch.ones_like(factors[: len(updates)])
+    return updates, factors
 
 
 def _resolution(matrix: Matrix) -> float:
     return torch.finfo(matrix.source.dtype).eps
 
 
-def move(batch: Batch, updates: Sequence[Tensor]) -> None:
+def move(batch: Batch, updates: Sequence[Tensor], factors: Tensor) -> None:
     """
     `W (1 - lr * weight_decay) - lr * scale * dW` in float32, rounded once; no decay without a finite gradient.
 
     Args:
         batch (`Batch`): Whose parameters move.
         updates (sequence of `torch.Tensor`): One for each, zeros where the gradient is not finite.
+        factors (`torch.Tensor`): `[k]`: what these are multiplied by.
     """
     start = 0
     for end in range(1, len(updates) + 1):  # neighbours of one group go together
         if end == len(updates) or batch.matrices[end].group is not batch.matrices[start].group:
             finite = None if batch.finite is None else batch.finite[start:end]
-            _move_group(
-                [matrix.param for matrix in batch.matrices[start:end]],
-                updates[start:end],
-                finite,
-                batch.matrices[start].group,
-            )
+            _move(batch.matrices[start:end], updates[start:end], factors[start:end], finite)
             start = end
 
 
-def _move_group(params: list[Tensor], updates: Sequence[Tensor], finite: Tensor | None, group: dict[str, Any]) -> None:
+def _move(matrices: list[Matrix], updates: Sequence[Tensor], factors: Tensor, finite: Tensor | None) -> None:
+    """Of one group."""
+    group = matrices[0].group
     lr = float(group["lr"])
-    decay = lr * group["weight_decay"]
-    pieces = [local(param) for param in params]
-    dtype = pieces[0].dtype
+    decay, rate = lr * group["weight_decay"], -lr * group["scale"]
+    params = [local(matrix.param) for matrix in matrices]
+    dtype = params[0].dtype
     if dtype == torch.promote_types(dtype, torch.float32) and (finite is None or not decay):
         if decay:
-            torch._foreach_mul_(pieces, 1.0 - decay)
-        if pieces[0].device.type != "cpu":  # there lists of one dtype go in one launch
-            updates = torch.stack(list(updates)).to(dtype).unbind(0)
-        torch._foreach_add_(pieces, list(updates), alpha=-lr * group["scale"])
+            torch._foreach_mul_(params, 1.0 - decay)
+        if factors.device.type == "cpu":  # numbers there: one pass, and no copy
+            for param, update, factor in zip(params, updates, factors.tolist(), strict=True):
+                param.add_(update, alpha=rate * factor)
+        else:
+            torch._foreach_add_(params, list(_scaled(updates, factors).unbind(0)), alpha=rate)
         return
-    wide = torch.stack(pieces).to(torch.promote_types(dtype, torch.float32))
+    wide = torch.stack(params).to(torch.promote_types(dtype, torch.float32))
     if decay:
         kept = 1.0 if finite is None else finite.view(-1, *[1] * (wide.ndim - 1)).to(wide.dtype)
         wide.mul_(1.0 - decay * kept)
-    wide.add_(torch.stack(list(updates)), alpha=-lr * group["scale"])
+    wide.add_(_scaled(updates, factors), alpha=rate)
     if group["stochastic_rounding"] and dtype == torch.bfloat16:
         round_stochastically_(wide)
-    torch._foreach_copy_(pieces, list(wide.unbind(0)))
+    torch._foreach_copy_(params, list(wide.unbind(0)))
+
+
+def _scaled(updates: Sequence[Tensor], factors: Tensor) -> Tensor:
+    """`[k, *shape]` in float32 or float64."""
+    stack = torch.stack(list(updates))
+    return stack * factors.view(-1, *[1] * (stack.ndim - 1))

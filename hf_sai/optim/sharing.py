@@ -89,20 +89,31 @@ class Exchange:
     One round under way: this rank's updates have been sent, those of all arrive.
 
     Args:
-        mine (`torch.Tensor`): `[capacity]`, this rank's updates one after the other.
-        ranks (`int`): How many take part.
+        factors (`torch.Tensor`): `[k]`, float32: of this rank's updates.
+        updates (`torch.Tensor`): `[n]`, one after the other.
+        count (`int`): The most that a rank has in this round.
+        numel (`int`): Elements of these; what a rank has less is padding.
     """
 
-    def __init__(self, mine: Tensor, ranks: int) -> None:
-        self.gathered = mine.new_empty(ranks * mine.numel())
+    def __init__(self, factors: Tensor, updates: Sequence[Tensor], count: int, numel: int, dtype: torch.dtype) -> None:
+        self.head, self.count, self.dtype = 4 * count, count, dtype
+        self.size = self.head + -(-numel * dtype.itemsize // 4) * 4  # so that the next rank's factors are aligned
+        mine = torch.zeros(self.size, dtype=torch.uint8, device=factors.device)
+        mine[: 4 * len(factors)] = factors.view(torch.uint8)
+        start = self.head
+        for update in updates:
+            part = update.reshape(-1).view(torch.uint8)
+            mine[start : start + len(part)] = part
+            start += len(part)
         # As bytes, which every backend can send.
-        self.work = dist.all_gather_into_tensor(self.gathered.view(torch.uint8), mine.view(torch.uint8), async_op=True)
-        self.capacity = mine.numel()
+        self.gathered = mine.new_empty(ranks() * self.size)
+        self.work = dist.all_gather_into_tensor(self.gathered, mine, async_op=True)
 
-    def of_rank(self, rank: int) -> Tensor:
-        """The updates of a rank; waits for them."""
+    def of_rank(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors and updates of a rank; waits for them."""
         self.work.wait()
-        return self.gathered[rank * self.capacity : (rank + 1) * self.capacity]
+        part = self.gathered[rank * self.size : (rank + 1) * self.size]
+        return part[: self.head].view(torch.float32), part[self.head :].view(self.dtype)
 
 
 def whiten_shared(work: Sequence[Batch]) -> None:
@@ -124,20 +135,16 @@ def _whiten_shared(singles: list[Batch], dtype: torch.dtype) -> None:
     """Of batches of one matrix each."""
     rank, device = dist.get_rank(), singles[0].size.device
     numels = [single.matrices[0].param.numel() for single in singles]
-    costs = [cost_of(single.matrices[0]) for single in singles]
     bound = CPU_ROUND_BYTES if device.type == "cpu" else ACCELERATOR_ROUND_BYTES
-    shares = share_out(costs, ranks())
+    shares = share_out([cost_of(single.matrices[0]) for single in singles], ranks())
     under_way: list[tuple[list[list[int]], Exchange]] = []
     for shared in rounds_of(numels, shares, bound // dtype.itemsize // ranks()):
-        capacity = max(sum(numels[index] for index in share) for share in shared)
-        mine, start = torch.empty(capacity, dtype=dtype, device=device), 0
-        for batch in together([singles[index] for index in shared[rank]]):
-            updates = whiten(batch).reshape(-1)
-            mine[start : start + len(updates)] = updates
-            start += len(updates)
-        mine[start:] = 0.0
-        under_way.append((shared, Exchange(mine, ranks())))
-        if len(under_way) > 1:
+        found = [whiten(batch) for batch in together([singles[index] for index in shared[rank]])]
+        factors = torch.cat([torch.empty(0, device=device), *(each.float() for _, each in found)])
+        most = max(sum(numels[index] for index in share) for share in shared)
+        exchange = Exchange(factors, [each for each, _ in found], max(map(len, shared)), most, dtype)
+        under_way.append((shared, exchange))
+        if len(under_way) > 1:  # that one has arrived while this one was whitened
             _move_all(singles, *under_way.pop(0))
     for shared, exchange in under_way:
         _move_all(singles, shared, exchange)
@@ -146,11 +153,12 @@ def _whiten_shared(singles: list[Batch], dtype: torch.dtype) -> None:
 def _move_all(singles: list[Batch], shared: list[list[int]], exchange: Exchange) -> None:
     """Moves the parameters of a round, of every rank's share."""
     for rank, share in enumerate(shared):
-        batches = together([singles[index] for index in share])
-        numels = [matrix.param.numel() for batch in batches for matrix in batch.matrices]
-        updates = iter(exchange.of_rank(rank)[: sum(numels)].split(numels))
-        for batch in batches:
-            move(batch, [next(updates).view_as(matrix.param) for matrix in batch.matrices])
+        factors, updates = exchange.of_rank(rank)
+        for batch in together([singles[index] for index in share]):
+            count, shape = len(batch.matrices), batch.matrices[0].param.shape
+            numel = count * shape.numel()
+            move(batch, updates[:numel].view(count, *shape).unbind(0), factors[:count])
+            updates, factors = updates[numel:], factors[count:]
 
 
 def together(singles: list[Batch]) -> list[Batch]:
@@ -187,13 +195,13 @@ def whiten_sharded(work: Sequence[Batch]) -> None:
         sent = None
         if arriving is not None:
             whole, sharding, gathered = arriving
-            updates = _whole_directions(whole, sharding, gathered)
+            updates = _whole_updates(whole, sharding, gathered)
             sent = (whole, sharding.scatter(updates, len(whole.matrices)))
         if returning is not None:
-            move(returning[0], returning[1].unbind(0))
+            _move_pieces(*returning)
         arriving, returning = started, sent
     if returning is not None:
-        move(returning[0], returning[1].unbind(0))
+        _move_pieces(*returning)
 
 
 def _pieces(batch: Batch, sharding: Sharding) -> Tensor:
@@ -204,14 +212,21 @@ def _pieces(batch: Batch, sharding: Sharding) -> Tensor:
     return normalized_pieces(in_range(stack, batch.size), batch.matrices[0])
 
 
-def _whole_directions(batch: Batch, sharding: Sharding, gathered: Tensor) -> Tensor:
+def _whole_updates(batch: Batch, sharding: Sharding, gathered: Tensor) -> Tensor:
     """This rank's share of the updates."""
     first = batch.matrices[0]
     if not len(gathered):
         return gathered.to(first.update_dtype)
     if _has_whole_rows(first, sharding):
-        return whitened_directions(gathered, first)
-    return directions(in_range(gathered, sizes(list(gathered.unbind(0)))), first)
+        updates, factors = whitened_directions(gathered, first)
+    else:
+        updates, factors = directions(in_range(gathered, sizes(list(gathered.unbind(0)))), first)
+    return updates.mul_(factors.view(-1, *[1] * (updates.ndim - 1)))
+
+
+def _move_pieces(batch: Batch, updates: Tensor) -> None:
+    """Moves this rank's pieces."""
+    move(batch, updates.unbind(0), torch.ones(len(updates), device=updates.device))
 
 
 def _has_whole_rows(matrix: Matrix, sharding: Sharding) -> bool:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
-from .matrices import BYTES_PER_ELEMENT, WHITENING_DTYPES, Batch, Matrix, batches_of, whiten_and_move
+from .matrices import BYTES_PER_ELEMENT, WHITENING_DTYPES, Batch, Matrix, batches_of, move, whiten
 from .routing import ADAM, LORA_POLICIES, Route, layout_of, routes_of_group
 from .sharding import sharding_of, true_everywhere
 from .sharing import differ, ranks, whiten_sharded, whiten_shared
@@ -295,7 +295,8 @@ class SWAN(NamedOptimizer):
             whiten_shared(work)
         else:
             for batch in work:
-                whiten_and_move(batch)
+                updates, factors = whiten(batch)
+                move(batch, updates.unbind(0), factors)
         for matrix in ordered:
             self.state[matrix.param]["step"] += 1
 

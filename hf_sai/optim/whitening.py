@@ -28,6 +28,9 @@ DEFAULT_STEPS = {"polar": 3, "polar_express": 6, "newton_schulz": 10, "nsds": 2,
 DEFAULT_BETA = {"newton_schulz": 0.5, "nsds": 0.4}
 # The methods that multiply in the dtype that they are asked for; the others need the digits of float32.
 IN_DTYPE = ("polar", "polar_express", "nsds")
+# Up to this smaller side products are in float32 in any case: they cost next to nothing, and the rounding of a few
+# rows adds up in one direction, by which the polynomials of bfloat16 explode (adapters of rank 4 came to NaN by it).
+SMALL_SIDE = 32
 # Squares of elements of this size, and of what is a million times smaller, stay within float32.
 LEAST_RMS, LARGEST_NORM = 1e-12, 1e15
 
@@ -93,7 +96,7 @@ def grad_whitening(
     if wide.numel() == 0:
         return wide
     flat = wide.reshape(-1, *wide.shape[-2:])
-    flat = flat / _nonzero(torch.linalg.vector_norm(flat, ord=math.inf, dim=(-2, -1), keepdim=True))
+    flat = flat / _power_of_two(torch.linalg.vector_norm(flat, ord=math.inf, dim=(-2, -1), keepdim=True))
     if method in IN_DTYPE:
         flat = flat.to(dtype or flat.dtype)
     return whitened(flat, method, steps, beta).to(wide.dtype).reshape(wide.shape)
@@ -139,7 +142,7 @@ def swan_direction(
         beta (`float`, *optional*): As in [`grad_whitening`].
 
     Returns:
-        `torch.Tensor`: Same shape; of `dtype` where the method computes in it, else float32 or float64.
+        `torch.Tensor`: Same shape, float32 or float64.
     """
     check_whitening(method, steps, beta)
     if gradient.numel() == 0:
@@ -147,7 +150,8 @@ def swan_direction(
     flat = gradient.reshape(-1, *gradient.shape[-2:])
     flat = in_range(flat, sizes(list(flat.unbind(0))))
     normed, target = normalized(flat, torch.finfo(gradient.dtype).eps, dtype if method in IN_DTYPE else None)
-    return rescaled(whitened(normed, method, steps, beta), target).reshape(gradient.shape)
+    found = whitened(normed, method, steps, beta)
+    return (found * factors_to(found, target).view(-1, 1, 1)).reshape(gradient.shape)
 
 
 def sizes(gradients: Sequence[Tensor]) -> Tensor:
@@ -186,7 +190,7 @@ def in_range(stack: Tensor, size: Tensor) -> Tensor:
         least = LEAST_RMS * math.sqrt(max(1, stack[0].numel()))
         if all(least < each < LARGEST_NORM for each in size.tolist()):
             return wide
-    return wide / _nonzero(size).view(-1, *[1] * (stack.ndim - 1))
+    return wide / _power_of_two(size).view(-1, *[1] * (stack.ndim - 1))
 
 
 def normalized(flat: Tensor, resolution: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -228,34 +232,37 @@ def whitened(x: Tensor, method: Method, steps: int | None = None, beta: float | 
         steps (`int`, *optional*): As in [`grad_whitening`].
         beta (`float`, *optional*): As in [`grad_whitening`].
     """
-    if x.mT.is_contiguous() and not x.is_contiguous():
+    if method != "nsds" and x.mT.is_contiguous() and not x.is_contiguous():  # nsds tells rows from columns
         return whitened(x.mT, method, steps, beta).mT
+    if min(x.shape[-2:]) <= SMALL_SIDE and x.dtype == torch.bfloat16:
+        return whitened(x.float(), method, steps, beta).to(x.dtype)
     steps = DEFAULT_STEPS[method] if steps is None else steps
     beta = DEFAULT_BETA.get(method, 0.0) if beta is None else beta
     if method == "polar":
         return polar_factor(flattened(x), steps)
     if method == "polar_express":
-        return polar_factor(x, steps)
+        return polar_factor(x, steps, group=1)
     if method == "nsds":
         return _nsds(x, beta)
     unit = x / _nonzero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True))
     return _newton_schulz(unit, steps, beta) if method == "newton_schulz" else _svd(unit)
 
 
-def rescaled(x: Tensor, target: Tensor) -> Tensor:
+def factors_to(x: Tensor, target: Tensor) -> Tensor:
     """
-    Matrices of given norms, rounded to their dtype; in place. A zero matrix stays as it is.
+    What matrices have to be multiplied by to have given norms; where one is zero, any number.
 
     Args:
         x (`torch.Tensor`): `[k, m, n]`.
         target (`torch.Tensor`): `[k]`, float32 or float64; negative ones turn the sign.
     """
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=target.dtype)
-    factors = target / _nonzero(norms)
-    if x.device.type == "cpu":  # numbers: a tensor of another dtype is several times slower there
-        torch._foreach_mul_(list(x.unbind(0)), factors.tolist())
-        return x
-    return x.mul_(factors.view(-1, 1, 1))
+    return target / _nonzero(torch.linalg.vector_norm(x, dim=(-2, -1), dtype=target.dtype))
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The next below, which takes no digit from what is divided by it; 1 in place of 0, inf and NaN."""
+    known = torch.where((size > 0) & size.isfinite(), size, 1.0)
+    return torch.ldexp(torch.ones_like(known), torch.frexp(known).exponent - 1)
 
 
 def _nonzero(value: Tensor) -> Tensor:
@@ -286,14 +293,16 @@ def _nsds(x: Tensor, beta: float) -> Tensor:
     """
     Two steps of the coupled iteration, the first with the diagonal in place of the Gram matrix, in closed form.
 
-    With R = X X^T, d = diag(R) / tr R and z = beta (3 - d): Z = 3 beta diag(z) - beta z_i (R_ij / tr R) z_j^2.
+    With R = X X^T, d = diag(R) / tr R and z = beta (3 - d): Z = 3 beta diag(z) - beta z_i (R_ij / tr R) z_j^2;
+    the result is Z X / ||X||_F.
     """
     root = smaller_gram(x)
     diagonal = root.diagonal(dim1=-2, dim2=-1).to(torch.promote_types(x.dtype, torch.float32))
     trace = _nonzero(diagonal.sum(-1, keepdim=True))
     z = beta * (3.0 - diagonal / trace)
-    left, right = (-beta / trace * z).to(x.dtype).unsqueeze(-1), z.square().to(x.dtype).unsqueeze(-2)
-    root.mul_(left).mul_(right).diagonal(dim1=-2, dim2=-1).add_((3.0 * beta * z).to(x.dtype))
+    norm = trace.sqrt()
+    left, right = (-beta / (trace * norm) * z).to(x.dtype).unsqueeze(-1), z.square().to(x.dtype).unsqueeze(-2)
+    root.mul_(left).mul_(right).diagonal(dim1=-2, dim2=-1).add_((3.0 * beta * z / norm).to(x.dtype))
     # Z is not symmetric; the columns of a tall matrix are whitened by its transpose.
     return times_smaller(x, root.mT if x.shape[-2] > x.shape[-1] else root)
 
