@@ -4,7 +4,7 @@ SWAN's whitenings against each other, AdamW, and Muon + AdamW: held-out loss ove
     python benchmarks/swan_whitenings.py                                # 2 layers, 64 wide, 200 steps, three seeds
     python benchmarks/swan_whitenings.py --width 128 --layers 4 --steps 400
     python benchmarks/swan_whitenings.py --width 128 --layers 4 --steps 1500 --seeds 1
-    python benchmarks/swan_whitenings.py --all                          # these three, one after the other; hours on a CPU
+    python benchmarks/swan_whitenings.py --all                          # these three in turn; hours on a CPU
 
 Model, data, schedule and clipping are those of `lm_pretraining.py`, and the learning rates those that its sweep found
 best: SWAN 3e-3, AdamW 3e-3 (1e-3 at 128), Muon 3e-2. All of SWAN's rows differ in the whitening alone. A row is at
@@ -78,7 +78,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def measure(width: int, layers: int, steps: int, seeds: int, labels: Sequence[str], asked: str) -> None:
-    """Trains what is missing, prints a table, writes the result files. Seed by seed, so that what is there compares."""
+    """Trains what is missing, prints a table, writes the result files. Seed by seed, so that what is there fits."""
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
     for seed in range(seeds):
         for label in labels:

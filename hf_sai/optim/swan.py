@@ -85,7 +85,7 @@ class SWAN(NamedOptimizer):
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Rounds bf16 parameters at random, so that updates below their resolution are not lost.
         max_batch_bytes (`int`, *optional*):
-            Bound on the extra memory of whitening, as long as one matrix fits into it. `None`: 16 MiB on the CPU,
+            Bound on the extra memory of whitening, as long as one matrix fits into it. `None`: 32 MiB on the CPU,
             which stays near the caches, and 1 GiB elsewhere.
         share_whitening (`bool`, *optional*, defaults to `False`):
             Whether the processes of the default group share the work: each whitens its part of the matrices, and the
