@@ -131,7 +131,7 @@ def parameters(dtype="float32"):
 def counted(options, dtype="float32", bad=None, round_bytes=sharing.CPU_ROUND_BYTES):
     """Two steps, and what the second of them sent and whitened."""
     sent, reduced, whitened = [], [], []
-    gather, reduce, whiten = dist.all_gather_into_tensor, dist.all_reduce, sharing.whiten
+    gather, reduce, whiten = sharing.all_gather, dist.all_reduce, sharing.whiten
     whole_round = sharing.CPU_ROUND_BYTES
     params = parameters(dtype)
     optimizer = SWAN(params, share_whitening=True, weight_decay=0.5, **options)
@@ -139,12 +139,12 @@ def counted(options, dtype="float32", bad=None, round_bytes=sharing.CPU_ROUND_BY
     before = [param.detach().clone() for param in params]
     if bad is not None:
         params[bad].grad[0, 0] = math.nan
-    dist.all_gather_into_tensor = lambda out, mine, **more: sent.append(mine.nbytes) or gather(out, mine, **more)
+    sharing.all_gather = lambda out, mine, **more: sent.append(mine.nbytes) or gather(out, mine, **more)
     dist.all_reduce = lambda *args, **more: reduced.append(1) or reduce(*args, **more)
     sharing.whiten = lambda batch: whitened.extend(batch.matrices) or whiten(batch)
     sharing.CPU_ROUND_BYTES = round_bytes
     optimizer.step()
-    dist.all_gather_into_tensor, dist.all_reduce, sharing.whiten = gather, reduce, whiten
+    sharing.all_gather, dist.all_reduce, sharing.whiten = gather, reduce, whiten
     sharing.CPU_ROUND_BYTES = whole_round
     moved = [not torch.equal(param, old) for param, old in zip(params, before, strict=True)]
     found = {"weights": {index: param.detach() for index, param in enumerate(params)}, "sent": sent, "moved": moved}
@@ -207,8 +207,8 @@ def unequal_worker(rank, folder, _):
     with pytest.raises(RuntimeError, match="share_whitening=True needs equal gradients on all ranks"):
         SWAN(params, share_whitening=True).step()
     calls = []
-    gather = dist.all_gather_into_tensor
-    dist.all_gather_into_tensor = lambda *args, **more: calls.append(1) or gather(*args, **more)
+    gather = sharing.all_gather
+    sharing.all_gather = lambda *args, **more: calls.append(1) or gather(*args, **more)
     SWAN(params).step()  # a plain loop is not shared unless it is asked for
     torch.save({"calls": len(calls)}, folder / f"rank{rank}.pt")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,12 @@ def rounds_of(numels: Sequence[int], shares: Sequence[Sequence[int]], bound: int
     return [each for each in rounds if any(each)]
 
 
+def all_gather(gathered: Tensor, mine: Tensor, async_op: bool = False) -> Any:
+    """torch's, under its newer name where it has that: the older one warns then."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(gathered, mine, async_op=async_op)
+
+
 class Exchange:
     """
     One round under way: this rank's updates have been sent, those of all arrive.
@@ -107,7 +114,7 @@ class Exchange:
             start += len(part)
         # As bytes, which every backend can send.
         self.gathered = mine.new_empty(ranks() * self.size)
-        self.work = dist.all_gather_into_tensor(self.gathered, mine, async_op=True)
+        self.work = all_gather(self.gathered, mine, async_op=True)
 
     def of_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors and updates of a rank; waits for them."""
@@ -174,7 +181,7 @@ def together(singles: list[Batch]) -> list[Batch]:
 
 def cost_of(matrix: Matrix) -> float:
     """Of whitening: the products of the smaller side, `m^2 n` for each matrix in the tensor."""
-    count, rows, columns = matrix.layout.matrices(torch.empty(1, *matrix.param.shape, device="meta")).shape
+    count, rows, columns = matrix.shape
     return float(count) * min(rows, columns) ** 2 * max(rows, columns)
 
 
@@ -251,7 +258,7 @@ def differ(names: Sequence[str], size: Tensor) -> bool:
     names_sum = float(zlib.crc32("\n".join(names).encode()))
     mine = torch.stack([torch.full_like(kept.sum(), names_sum), kept.sum(), (kept.sqrt() * _weights(kept)).sum()])
     all_of = mine.new_empty(dist.get_world_size() * 3)
-    dist.all_gather_into_tensor(all_of, mine)
+    all_gather(all_of, mine)
     rows = all_of.view(-1, 3)
     # Clipping may round the same gradients to another last digit on each machine.
     return not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-3, atol=0.0)
