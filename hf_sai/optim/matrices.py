@@ -50,17 +50,11 @@ class Matrix:
         return _shape_of(self.layout, self.param.shape)
 
     @property
-    def product_dtype(self) -> torch.dtype:
-        """What its whitening multiplies in."""
-        return torch.promote_types(
-            self.update_dtype, torch.float32 if min(self.shape[1:]) <= SMALL_SIDE else torch.bfloat16
-        )
-
-    @property
     def update_dtype(self) -> torch.dtype:
-        """Of its update: what was asked for."""
-        if self.group["whitening"] in IN_DTYPE:
-            return WHITENING_DTYPES[self.group["whitening_dtype"]]
+        """What its whitening multiplies in, and its update has."""
+        group = self.group
+        if group["whitening"] in IN_DTYPE and min(self.shape[1:]) > SMALL_SIDE:
+            return WHITENING_DTYPES[group["whitening_dtype"]]
         return torch.promote_types(self.source.dtype, torch.float32)
 
 
@@ -140,7 +134,7 @@ def whiten(batch: Batch) -> tuple[Tensor, Tensor]:
         flat = first.layout.matrices(in_range(part.stack(), part.size))
         normed, target = normalized(flat, _resolution(first))
         if not targets:
-            x = _empty_like(normed, len(flat) // len(part.matrices) * len(batch.matrices), first.product_dtype)
+            x = _empty_like(normed, len(flat) // len(part.matrices) * len(batch.matrices), first.update_dtype)
         x[done : done + len(flat)] = normed  # rounds
         done += len(flat)
         targets.append(target)
@@ -161,7 +155,7 @@ def _empty_like(flat: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor]:
     """As [`whiten`], of gradients that are in range: `[k, *shape]`, float32 or float64."""
-    normed, target = normalized(like.layout.matrices(stack), _resolution(like), like.product_dtype)
+    normed, target = normalized(like.layout.matrices(stack), _resolution(like), like.update_dtype)
     return _directions(normed, target, like, stack.shape[1:])
 
 
@@ -169,8 +163,8 @@ def normalized_pieces(stack: Tensor, like: Matrix) -> Tensor:
     """GradNorm of pieces that hold whole rows."""
     layout = dataclasses.replace(like.layout, parts=1)
     if stack.numel() == 0:
-        return stack.to(like.product_dtype)
-    normed, _ = normalized(layout.matrices(stack), _resolution(like), like.product_dtype)
+        return stack.to(like.update_dtype)
+    normed, _ = normalized(layout.matrices(stack), _resolution(like), like.update_dtype)
     return layout.tensors(normed, stack.shape[1:])
 
 
@@ -186,7 +180,6 @@ def _directions(normed: Tensor, target: Tensor, like: Matrix, shape: torch.Size)
     group = like.group
     found = whitened(normed, group["whitening"], group["ns_steps"], group["ns_beta"])
     factors = factors_to(found, -target if group["maximize"] else target)
-    found = found.to(like.update_dtype)
     updates = like.layout.tensors(found, shape)
     if len(updates) < len(found):  # several matrices in one tensor, each with its own
         found.mul_(factors.view(-1, 1, 1))

@@ -60,28 +60,28 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def rounds_of(numels: Sequence[int], shares: Sequence[Sequence[int]], bound: int) -> list[list[list[int]]]:
+def rounds_of(sizes_of: Sequence[int], shares: Sequence[Sequence[int]], bound: int) -> list[list[list[int]]]:
     """
     The shares cut into rounds, one exchange each.
 
     Args:
-        numels (sequence of `int`): Elements of each matrix.
+        sizes_of (sequence of `int`): Bytes of each update.
         shares (sequence of sequences of `int`): As [`share_out`] gives them.
-        bound (`int`): About so many elements of one rank in a round, where one matrix is not more.
+        bound (`int`): About so many of one rank in a round, where one matrix is not more.
 
     Returns:
         `list[list[list[int]]]`: For each round, for each rank, its matrices.
     """
-    totals = [sum(numels[index] for index in share) for share in shares]
+    totals = [sum(sizes_of[index] for index in share) for share in shares]
     count = max(1, -(-max(totals) // max(1, bound)))
     rounds: list[list[list[int]]] = [[[] for _ in shares] for _ in range(count)]
     for rank, share in enumerate(shares):
         done = 0
         for index in share:
             # By the middle of the matrix, so that all ranks pass the same share of theirs in a round.
-            middle = done + numels[index] / 2
+            middle = done + sizes_of[index] / 2
             rounds[min(count - 1, int(middle * count / max(1, totals[rank])))][rank].append(index)
-            done += numels[index]
+            done += sizes_of[index]
     return [each for each in rounds if any(each)]
 
 
@@ -93,34 +93,39 @@ def all_gather(gathered: Tensor, mine: Tensor, async_op: bool = False) -> Any:
 
 class Exchange:
     """
-    One round under way: this rank's updates have been sent, those of all arrive.
+    One round under way: this rank's updates have been sent, those of all arrive. As bytes, which every backend sends.
 
     Args:
-        factors (`torch.Tensor`): `[k]`, float32: of this rank's updates.
-        updates (`torch.Tensor`): `[n]`, one after the other.
-        count (`int`): The most that a rank has in this round.
-        numel (`int`): Elements of these; what a rank has less is padding.
+        found (sequence of pairs of `torch.Tensor`): Updates and factors of this rank's batches.
+        count (`int`): The most matrices that a rank has in this round.
+        size (`int`): The most bytes of updates; what a rank has less is padding.
+        device (`torch.device`): Where.
     """
 
-    def __init__(self, factors: Tensor, updates: Sequence[Tensor], count: int, numel: int, dtype: torch.dtype) -> None:
-        self.head, self.count, self.dtype = 4 * count, count, dtype
-        self.size = self.head + -(-numel * dtype.itemsize // 4) * 4  # so that the next rank's factors are aligned
-        mine = torch.zeros(self.size, dtype=torch.uint8, device=factors.device)
-        mine[: 4 * len(factors)] = factors.view(torch.uint8)
-        start = self.head
-        for update in updates:
-            part = update.reshape(-1).view(torch.uint8)
-            mine[start : start + len(part)] = part
-            start += len(part)
-        # As bytes, which every backend can send.
+    def __init__(self, found: Sequence[tuple[Tensor, Tensor]], count: int, size: int, device: torch.device) -> None:
+        self.head = _aligned(4 * count)
+        self.size = self.head + size
+        mine = torch.zeros(self.size, dtype=torch.uint8, device=device)
+        factors, start, end = mine[: self.head].view(torch.float32), 0, self.head
+        for updates, each in found:
+            factors[start : start + len(each)] = each
+            start += len(each)
+            sent = updates.reshape(-1).view(torch.uint8)
+            mine[end : end + len(sent)] = sent
+            end += _aligned(len(sent))
         self.gathered = mine.new_empty(ranks() * self.size)
         self.work = all_gather(self.gathered, mine, async_op=True)
 
     def of_rank(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Factors and updates of a rank; waits for them."""
+        """Factors, and bytes of updates, of a rank; waits for them."""
         self.work.wait()
         part = self.gathered[rank * self.size : (rank + 1) * self.size]
-        return part[: self.head].view(torch.float32), part[self.head :].view(self.dtype)
+        return part[: self.head].view(torch.float32), part[self.head :]
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of 8, so that what follows can be read as any dtype."""
+    return -(-size // 8) * 8
 
 
 def whiten_shared(work: Sequence[Batch]) -> None:
@@ -130,27 +135,16 @@ def whiten_shared(work: Sequence[Batch]) -> None:
     Args:
         work (sequence of `Batch`): All matrices, the same on every rank, on one device.
     """
-    by_dtype: dict[torch.dtype, list[Batch]] = {}
-    for batch in work:
-        for each in batch.one_by_one():
-            by_dtype.setdefault(each.matrices[0].update_dtype, []).append(each)
-    for dtype, singles in by_dtype.items():
-        _whiten_shared(singles, dtype)
-
-
-def _whiten_shared(singles: list[Batch], dtype: torch.dtype) -> None:
-    """Of batches of one matrix each."""
-    rank, device = dist.get_rank(), singles[0].size.device
-    numels = [single.matrices[0].param.numel() for single in singles]
-    bound = CPU_ROUND_BYTES if device.type == "cpu" else ACCELERATOR_ROUND_BYTES
-    shares = share_out([cost_of(single.matrices[0]) for single in singles], ranks())
+    singles = [single for batch in work for single in batch.one_by_one()]
+    rank, device = dist.get_rank(), work[0].size.device
+    of_updates = [_aligned(each.param.numel() * each.update_dtype.itemsize) for each in _matrices(singles)]
+    bound = (CPU_ROUND_BYTES if device.type == "cpu" else ACCELERATOR_ROUND_BYTES) // ranks()
+    shares = share_out([cost_of(each) for each in _matrices(singles)], ranks())
     under_way: list[tuple[list[list[int]], Exchange]] = []
-    for shared in rounds_of(numels, shares, bound // dtype.itemsize // ranks()):
+    for shared in rounds_of(of_updates, shares, bound):
         found = [whiten(batch) for batch in together([singles[index] for index in shared[rank]])]
-        factors = torch.cat([torch.empty(0, device=device), *(each.float() for _, each in found)])
-        most = max(sum(numels[index] for index in share) for share in shared)
-        exchange = Exchange(factors, [each for each, _ in found], max(map(len, shared)), most, dtype)
-        under_way.append((shared, exchange))
+        size = max(sum(of_updates[index] for index in share) for share in shared)
+        under_way.append((shared, Exchange(found, max(map(len, shared)), size, device)))
         if len(under_way) > 1:  # that one has arrived while this one was whitened
             _move_all(singles, *under_way.pop(0))
     for shared, exchange in under_way:
@@ -160,12 +154,17 @@ def _whiten_shared(singles: list[Batch], dtype: torch.dtype) -> None:
 def _move_all(singles: list[Batch], shared: list[list[int]], exchange: Exchange) -> None:
     """Moves the parameters of a round, of every rank's share."""
     for rank, share in enumerate(shared):
-        factors, updates = exchange.of_rank(rank)
+        factors, sent = exchange.of_rank(rank)
         for batch in together([singles[index] for index in share]):
-            count, shape = len(batch.matrices), batch.matrices[0].param.shape
-            numel = count * shape.numel()
-            move(batch, updates[:numel].view(count, *shape).unbind(0), factors[:count])
-            updates, factors = updates[numel:], factors[count:]
+            first, count = batch.matrices[0], len(batch.matrices)
+            size = count * first.param.numel() * first.update_dtype.itemsize
+            updates = sent[:size].view(first.update_dtype).view(count, *first.param.shape)
+            move(batch, updates.unbind(0), factors[:count])
+            sent, factors = sent[_aligned(size) :], factors[count:]
+
+
+def _matrices(singles: Sequence[Batch]) -> list[Matrix]:
+    return [single.matrices[0] for single in singles]
 
 
 def together(singles: list[Batch]) -> list[Batch]:
