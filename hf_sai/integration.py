@@ -19,7 +19,7 @@ from trainer_patches.compat import decay_parameter_names, settings_of_own_groups
 from trainer_patches.optim_names import parse_optim_args
 
 from .deepspeed_config import check_config, deepspeed_config, is_left_out
-from .live import begin_training, end_training, splitting_mode
+from .live import begin_training, end_training, splitting_mode, under_ddp
 from .optim.decay import decaying
 from .optim.names import plain_name, unwrapped
 from .optim.registry import (
@@ -240,10 +240,11 @@ def _targets(target_modules: str | list[str] | None) -> Callable[[str, nn.Module
     return lambda name, module: target_module_matches(target_modules, name)
 
 
-# The host's settings for Adam, by the argument that they are of a constructor here.
+# The host's settings, by the argument that they are of a constructor here.
 _HOST_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "betas": lambda args: (args.adam_beta1, args.adam_beta2),
     "eps": lambda args: args.adam_epsilon,
+    "share_whitening": under_ddp,
 }
 
 

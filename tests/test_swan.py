@@ -111,7 +111,7 @@ def test_one_step_by_hand():
     torch.testing.assert_close(param.detach(), torch.tensor([[0.2, -0.2], [-0.2, 0.2]]), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("whitening", ["polar_express", "newton_schulz"])
+@pytest.mark.parametrize("whitening", ["polar", "polar_express", "newton_schulz", "nsds"])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_update_has_rms_lr_times_scale_whatever_the_gradients_size(whitening, maximize):
     for size in (1e-12, 1.0, 1e12):
@@ -420,7 +420,7 @@ def test_group_added_later():
         ({"weight_decay": math.nan}, "weight_decay must be finite and >= 0"),
         ({"scale": 0.0}, "scale must be finite and > 0 but is 0.0"),
         ({"adam_lr_ratio": math.inf}, "adam_lr_ratio must be finite and > 0"),
-        ({"whitening": "qr"}, "whitening must be one of newton_schulz, polar_express, svd but is 'qr'"),
+        ({"whitening": "qr"}, "whitening must be one of polar, polar_express, newton_schulz, nsds, svd but is 'qr'"),
         ({"ns_steps": 0}, "ns_steps must be a whole number >= 1 or None but is 0"),
         ({"whitening_dtype": "float16"}, "whitening_dtype must be one of bfloat16, float32 but is 'float16'"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),

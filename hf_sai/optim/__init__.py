@@ -3,6 +3,7 @@
 from .gsnr import GradientMoments, TensorGSNR, gradient_moments, gradient_snr
 from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .measure import convert_lr, measure_gsnr
+from .presets import swan_preset
 from .registry import (
     OptimizerRecord,
     OptionError,
@@ -38,5 +39,6 @@ __all__ = [
     "parse_options",
     "register_record",
     "route_parameters",
+    "swan_preset",
     "unregister_record",
 ]
