@@ -14,7 +14,7 @@ from support.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_lora, tiny_mi
 from support.processes import peak_allocated
 
 import hf_sai
-from hf_sai.optim import SWAN, swan
+from hf_sai.optim import SWAN
 from hf_sai.optim.swan import BYTES_PER_ELEMENT
 
 
@@ -441,8 +441,8 @@ def test_bad_options_are_refused(options, message):
 def test_flags_of_an_accelerator_are_read_in_the_next_step(monkeypatch, caplog):
     """On the CPU they are read at once; the path of accelerators is walked by hand."""
     optimizer = SWAN([("matrix", torch.nn.Parameter(torch.zeros(2, 3)))])
-    optimizer.__dict__["_pending_checks"] = [(["first", "second"], torch.tensor([True, False]))]
-    with caplog.at_level(logging.WARNING, logger=swan.__name__):
+    optimizer._late_news.send(torch.tensor([0.0, 1.0]), [("first", None), ("second", None)])
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
         optimizer.step()
         optimizer.step()
     (message,) = [record.getMessage() for record in caplog.records]

@@ -268,7 +268,7 @@ class SGDSaI(MeasuredScales):
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
         dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else buffer_dtype(param.dtype)
         buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        self.state[param].update(momentum_buffer=buffer, decay_ratio=0.0, decay=0.0)
+        self.state[param].update(momentum_buffer=buffer, decay_ratio=_NOT_BEGUN, decay=0.0)
 
     def _update(
         self,
@@ -304,11 +304,10 @@ class SGDSaI(MeasuredScales):
             if batch is moving:
                 if "momentum_buffer" not in state:  # momentum was switched on after the first step
                     self._add_buffer(group, param)
-                    batch = starting
-                elif first and param in first:
+                if state["decay_ratio"] == _NOT_BEGUN or (first and param in first):
                     batch = starting  # m_1 = g_1
                 batch.buffers.append(local(state["momentum_buffer"]))
-            elif state.get("decay_ratio"):
+            elif state.get("decay_ratio", 0.0) > 0.0:
                 _unfold_decay(state, param)
             batch.params.append(local(param))
             batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
@@ -390,6 +389,8 @@ class SGDSaI(MeasuredScales):
 
 # What a tensor's state has because of its momentum buffer.
 _OF_BUFFER = ("momentum_buffer", "decay_ratio", "decay")
+# The `decay_ratio` of a buffer that holds no gradient yet.
+_NOT_BEGUN = -1.0
 
 
 def _unfold_decay(state: dict[str, Any], param: Tensor) -> None:

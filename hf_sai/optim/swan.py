@@ -319,12 +319,14 @@ class SWAN(NamedOptimizer):
         means = []
         for index, matrix in enumerate(batch):
             state, weight = self.state[matrix.param], 1.0 - matrix.group["momentum"]
-            if "momentum_buffer" not in state:
+            kept = state.get("momentum_buffer")
+            if kept is None:
                 dtype = buffer_dtype(matrix.param.dtype)
-                empty = torch.zeros_like(matrix.param, dtype=dtype, memory_format=torch.preserve_format)
-                state["momentum_buffer"] = empty
+                kept = torch.zeros_like(matrix.param, dtype=dtype, memory_format=torch.preserve_format)
                 weight = 1.0
-            buffer = local(state["momentum_buffer"])
+                if finite is None or finite.device.type != "cpu" or bool(finite[index]):
+                    state["momentum_buffer"] = kept
+            buffer = local(kept)
             buffer.lerp_(
                 grads[index].to(buffer.dtype), weight if finite is None else weight * finite[index].to(buffer.dtype)
             )
@@ -345,13 +347,17 @@ class SWAN(NamedOptimizer):
                 return None
             self._tell_not_finite([name for name, good in zip(names, finite.tolist(), strict=True) if not good])
             return finite
-        undo = [functools.partial(_count_back, self.state[matrix.param]) for matrix in batch]
+        undo = [
+            functools.partial(_put_back, state, dict(state)) for state in (self.state[each.param] for each in batch)
+        ]
         self._late_news.send(finite.logical_not(), list(zip(names, undo, strict=True)))
         return finite
 
 
-def _count_back(state: dict[str, Any]) -> None:
-    state["step"] -= 1
+def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
+    """Undoes a step that a device left out: its count, and a buffer that began; one that was there did not move."""
+    state.clear()
+    state.update(before)
 
 
 def _complete_routes(group: dict[str, Any]) -> None:
