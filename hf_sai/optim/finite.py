@@ -74,8 +74,11 @@ def _not_finite(gradients: list[Tensor]) -> Tensor:
     device = gradients[0].device
     if is_known_at_once(device):
         # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
-        norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
-        odd = [not math.isfinite(norm) and not _all_finite(each) for norm, each in zip(norms, gradients, strict=True)]
+        dtypes, norms = {gradient.dtype for gradient in gradients}, torch._foreach_norm(gradients)
+        finite = torch.stack([norm.isfinite() for norm in norms]) if len(dtypes) > 1 else torch.stack(norms).isfinite()
+        if bool(finite.all()):
+            return torch.zeros(len(gradients))
+        odd = [not norm and not _all_finite(each) for norm, each in zip(finite.tolist(), gradients, strict=True)]
         return torch.tensor(odd, dtype=torch.float32)
     there = [gradient for gradient in gradients if gradient.numel()]
     bad = iter(_largest_not_finite(there))

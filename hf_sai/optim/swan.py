@@ -35,7 +35,7 @@ from .checks import (
     to_int,
     to_pair,
 )
-from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
+from .routing import ADAM, LORA_POLICIES, Layout, Route, complete_routes, layout_of
 from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import buffer_dtype, check_gradient, gradient_of, is_sharded, local
@@ -129,6 +129,7 @@ class SWAN(NamedOptimizer):
 
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
     _per_tensor = ("routes",)
+    _multiplies = True
 
     def __init__(
         self,
@@ -189,7 +190,7 @@ class SWAN(NamedOptimizer):
         _check_options({**self.defaults, **group})
         super().add_param_group({**group, "params": self._with_names(param_group["params"])})
         try:
-            _complete_routes(self.param_groups[-1])
+            complete_routes(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()  # as if it had not come
             raise
@@ -240,7 +241,7 @@ class SWAN(NamedOptimizer):
         self._update(self._params())
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
-        with undisturbed():
+        with undisturbed(self._multiplies):
             self._update([(group_index, index, param)])
         return True
 
@@ -358,22 +359,6 @@ def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
     """Undoes a step that a device left out: its count, and a buffer that began; one that was there did not move."""
     state.clear()
     state.update(before)
-
-
-def _complete_routes(group: dict[str, Any]) -> None:
-    """Gives a group the routes that it lacks, and checks those that it has."""
-    if "routes" not in group:
-        group["routes"], group["reasons"] = routes_of_group(group)
-    group.setdefault("reasons", [""] * len(group["routes"]))
-    if not len(group["routes"]) == len(group["reasons"]) == len(group["params"]):
-        raise ValueError(
-            f"a group must have one route per parameter but has {len(group['routes'])} for "
-            f"{len(group['params'])}, and {len(group['reasons'])} reasons; leave them out, or take what "
-            "hf_sai.param_groups gives"
-        )
-    for route in group["routes"]:
-        if route != ADAM:
-            layout_of(route)
 
 
 def _batch_key(matrix: _Matrix) -> Any:
