@@ -62,7 +62,7 @@ def views_of(names, rules):
 LLAMA = [("_proj.weight", whole)]
 GPT2 = [("attn.c_attn", transposed), ("c_proj", transposed), ("c_fc", transposed)]
 GPT2_SPLIT = [("attn.c_attn", thirds_transposed), *GPT2[1:]]
-VIT = [("projection", whole), ("attention", whole), ("intermediate", whole), ("output.dense", whole), ("mlp", whole)]
+VIT = [("attention", whole), ("intermediate", whole), ("output.dense", whole), ("mlp", whole)]
 MIXTRAL = [("experts", each_expert), ("_proj.weight", whole), ("gate.weight", whole)]
 MODELS = {
     "llama": (tiny_llama, token_loss, LLAMA, {}),
@@ -244,9 +244,7 @@ def test_a_matrix_with_a_gradient_that_is_not_finite_is_left_alone_with_one_warn
     torch.testing.assert_close(params[2][1], twins[1][1])
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("The gradient of bad has inf or NaN: not updated")
-    if momentum:
-        for param in (params[1][1],):
-            assert optimizer.state[param]["momentum_buffer"].isfinite().all()
+    assert optimizer.state[params[1][1]] == {"step": 0}  # no buffer began
 
 
 def test_gradients_are_not_written_and_closure_is_called_once():

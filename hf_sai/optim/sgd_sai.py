@@ -59,8 +59,8 @@ class SGDSaI(MeasuredScales):
         theta = theta * (1 - lr * weight_decay) - lr * scale * m_t
 
     A gradient is informative if it is finite and not all zero. Until a tensor has had one it is *pending*: a zero
-    gradient changes nothing but the decay, a gradient with inf or NaN skips that tensor for that step with one
-    warning. So LoRA's `A`, whose gradient is zero at step 1 because `B` is zero, is measured at the first step after
+    gradient changes nothing but the decay. A gradient with inf or NaN leaves that tensor and its state as they are, at
+    any step, with one warning (on an accelerator in the next step). So LoRA's `A`, whose gradient is zero at step 1 because `B` is zero, is measured at the first step after
     `B` moved and trains; the published implementations freeze it. A tensor of one element, or whose gradient is
     constant to the precision of its dtype, has no standard deviation: its g-SNR is `sqrt(n)`, marked as fallback, and
     it never sets the maximum. (While nothing but fallbacks was seen, the largest of them divides under `"max"`.)
@@ -92,7 +92,7 @@ class SGDSaI(MeasuredScales):
             Learning rate, before `scale`. A tensor without dimensions on the parameters' device is not read back, so
             that steps after the measuring ones can be captured in a CUDA graph; these take the plain path.
         momentum (`float`, *optional*, defaults to 0.9):
-            Decay of the momentum buffer, in [0, 1). 0 keeps no buffer.
+            Decay of the momentum buffer, in [0, 1). 0 keeps no buffer; one that is there waits, as torch's SGD has it.
         weight_decay (`float`, *optional*, defaults to 1e-2):
             Decoupled decay: `theta` shrinks by `lr * weight_decay`, without `scale`. Never part of the gradient.
         eps (`float`, *optional*, defaults to 1e-8):

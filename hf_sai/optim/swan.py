@@ -78,7 +78,7 @@ class SWAN(NamedOptimizer):
     tensor goes where is decided by [`hf_sai.param_groups`] from the modules; without a model, tensors of two
     dimensions or more are taken for matrices, flattened to `(first dimension, rest)`.
 
-    Matrices of equal shape are whitened together across layers. A zero gradient gives a zero update. A matrix whose
+    Matrices of equal shape are whitened together across layers. A zero gradient gives a zero update. A tensor whose
     gradient has inf or NaN is left alone in that step, with one warning (on an accelerator in the next step, because
     reading it at once would make the device wait).
 
