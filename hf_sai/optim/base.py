@@ -78,6 +78,8 @@ class NamedOptimizer(Optimizer):
     _progress: ClassVar[tuple[str, ...]] = ("lr",)
     # What a grouping function chose. A checkpoint of before groups held it leaves the run's own.
     _chosen: ClassVar[tuple[str, ...]] = ()
+    # Whether a step has matrix products.
+    _multiplies: ClassVar[bool] = False
     # What a group holds for each of its parameters, and decides updates.
     _per_tensor: ClassVar[tuple[str, ...]] = ()
 
@@ -238,7 +240,7 @@ class NamedOptimizer(Optimizer):
         if not self.__dict__.get("_has_gradients"):
             self._look_for_gradients()
         self._read_late_news()
-        with undisturbed():
+        with undisturbed(self._multiplies):
             self._advance()
         return loss
 
@@ -397,15 +399,16 @@ class NamedOptimizer(Optimizer):
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """While it is open, neither an autocast nor a lower precision of float32 products around a step changes it."""
+def undisturbed(products: bool) -> Iterator[None]:
+    """While it is open, no autocast changes a step, and where it has float32 `products` no lower precision of them."""
     accelerator = torch.accelerator.current_accelerator()
     devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     with contextlib.ExitStack() as stack:
         for device in devices:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.callback(_exact_products())
+        if products and not torch.compiler.is_compiling():  # a compiler can't trace these settings
+            stack.callback(_exact_products())
         yield
 
 

@@ -409,7 +409,12 @@ def routes_of_group(group: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def complete_routes(group: dict[str, Any]) -> None:
-    """Gives a group the routes that it lacks, and checks those that it has."""
+    """
+    Gives a group the routes that it lacks, and checks those that it has.
+
+    Raises:
+        `ValueError`: They do not fit.
+    """
     if "routes" not in group:
         group["routes"], group["reasons"] = routes_of_group(group)
     group.setdefault("reasons", [""] * len(group["routes"]))

@@ -74,7 +74,7 @@ class SWAN(NamedOptimizer):
     tensor goes where is decided by [`hf_sai.param_groups`] from the modules; without a model, tensors of two
     dimensions or more are taken for matrices, flattened to `(first dimension, rest)`.
 
-    Matrices of equal shape are whitened together across layers. A zero gradient gives a zero update. A matrix whose
+    Matrices of equal shape are whitened together across layers. A zero gradient gives a zero update. A tensor whose
     gradient has inf or NaN is left alone in that step, with one warning (on an accelerator in the next step, because
     reading it at once would make the device wait).
 
@@ -135,6 +135,7 @@ class SWAN(NamedOptimizer):
     share_whitening = False  # where an optimizer was copied or unpickled
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
     _per_tensor = ("routes",)
+    _multiplies = True
 
     def __init__(
         self,
@@ -255,7 +256,7 @@ class SWAN(NamedOptimizer):
         self._update(places if self._pieces is None else move_pieces(self, list(places), _directions_of, _elements))
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
-        with undisturbed():
+        with undisturbed(self._multiplies):
             self._update([(group_index, index, param)])
         return True
 
