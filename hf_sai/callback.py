@@ -73,7 +73,6 @@ class GSNRCallback(TrainerCallback):
         self.trainer = trainer
         self.config = config or SaIConfig()
         self._keeper = ReportKeeper("The g-SNR report could not be written; training goes on.")
-        self._tracked: dict[str, Any] | None = None
         # Where a trainer that knows it resumes from; the run's own folder may be another then.
         self.resumed_from: str | os.PathLike[str] | None = None
 
@@ -90,7 +89,6 @@ class GSNRCallback(TrainerCallback):
         if optim_name(args) in {record.name for record in list_records()}:
             warn_if_learning_rate_is_adams(args)
         self._keeper.clear()
-        self._tracked = None
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             if state.is_world_process_zero:
@@ -111,27 +109,13 @@ class GSNRCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What updates in the backward pass, layer-wise or in DeepSpeed, is told before it to measure gradients."""
-        live = unwrap_optimizer(kwargs.get("optimizer"))
-        if not self._is_tracked(state.global_step + 1):
-            return
-        if hasattr(live, "measure_next_pass"):
-            live.measure_next_pass()
-        elif getattr(live, "is_partitioned", False) and hasattr(live, "measure_now"):
+        """
+        Has g-SNR measured anew where it is tracked: by the optimizer, in its step, from the gradients that the update
+        uses. (No event of the Trainer sees those that DeepSpeed or a layer-wise optimizer uses in the backward pass.)
+        """
+        live, every = unwrap_optimizer(kwargs.get("optimizer")), self.config.gsnr_track_steps
+        if every and (state.global_step + 1) % every == 0 and hasattr(live, "measure_in_next_step"):
             live.measure_in_next_step()
-
-    def _is_tracked(self, step: int) -> bool:
-        every = self.config.gsnr_track_steps
-        return every > 0 and step % every == 0
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measures g-SNR anew where it is tracked; the gradients are those that the update will use."""
-        step = state.global_step + 1
-        live = unwrap_optimizer(kwargs.get("optimizer"))
-        if self._is_tracked(step) and hasattr(live, "measure_now") and not live.is_partitioned:
-            self._tracked = {"step": step, "gsnr": live.measure_now()}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,14 +128,12 @@ class GSNRCallback(TrainerCallback):
             report = self._read(args, state, live, **kwargs)
             self._write_news(args, state)
             self._log(state, {f"{report.log_prefix}/{key}": value for key, value in report.summary().items()})
-        tracked, self._tracked = self._tracked, None
-        if tracked is None and self._is_tracked(state.global_step) and (found := live.measured) is not None:
-            tracked = {"step": state.global_step, "gsnr": found}
-        if tracked is not None and self.report is not None:
-            history = thinned([*self.report.history, tracked])
+        measured = live.take_measured() if hasattr(live, "take_measured") else None
+        if measured is not None and self.report is not None:
+            history = thinned([*self.report.history, {"step": state.global_step, "gsnr": measured}])
             self._keeper.report = report = dataclasses.replace(self.report, history=history)
             drift = report.drift()
-            if drift and drift[-1]["step"] == tracked["step"]:
+            if drift and drift[-1]["step"] == state.global_step:
                 self._log(state, {"gsnr/ratio_to_first_median": drift[-1]["median"]})
 
     def _read(

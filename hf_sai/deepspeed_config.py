@@ -26,8 +26,6 @@ _UNTRIED = {
     "tensor_parallel": "AutoTP",
     "pipeline": "pipeline parallelism",
 }
-# Values of these that leave it off.
-_OFF: tuple[Any, ...] = (None, False, 0, 1, -1, "none", "auto", {})
 
 
 def deepspeed_config(args: Any) -> dict[str, Any] | None:
@@ -88,7 +86,7 @@ def check_config(name: str, record: OptimizerRecord, config: Mapping[str, Any]) 
         value = _at(config, place)
         if place == "tensor_parallel" and isinstance(value, Mapping):
             value = value.get("autotp_size")
-        if value not in _OFF:
+        if _is_on(value):
             raise OptionError(
                 f"optim={name!r} was never tried with {mode}, but the DeepSpeed configuration has "
                 f"{place}={value!r}; leave it out"
@@ -104,6 +102,13 @@ def is_left_out(args: Any) -> bool:
         "without it. Leave out use_cpu (DS_ACCELERATOR=cpu runs DeepSpeed on CPUs), or the configuration."
     )
     return True
+
+
+def _is_on(value: Any) -> bool:
+    """Of a switch, a number of ranks (on from 2), a word, or a section of its own."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value > 1
+    return bool(value) and value not in ("none", "auto")
 
 
 def _at(config: Mapping[str, Any], place: str) -> Any:

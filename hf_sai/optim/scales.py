@@ -95,6 +95,20 @@ class MeasuredScales(NamedOptimizer):
             if moment.is_finite and not moment.is_zero and not moment.is_constant
         }
 
+    def measure_in_next_step(self) -> None:
+        """Has the next step do what [`MeasuredScales.measure_now`] does, before it moves anything."""
+        self.per_tensor.__dict__["_measures_next"] = True
+
+    def take_measured(self) -> dict[str, float] | None:
+        """What was measured after [`MeasuredScales.measure_in_next_step`], once; `None` where nothing was."""
+        found: dict[str, float] | None = self.per_tensor.__dict__.pop("_measured_then", None)
+        return found
+
+    def _look(self) -> None:
+        if self.__dict__.pop("_measures_next", False):
+            self.__dict__["_measured_then"] = self.measure_now()
+        super()._look()
+
     def take_scales(self, rows: Iterable[Any]) -> None:
         """
         Scales to use instead of measuring, as the constructor's `gsnr`; before the first step.
@@ -217,7 +231,7 @@ class MeasuredScales(NamedOptimizer):
                 if not state["gsnr_given"]:
                     _record(state, moment, self.param_groups[group_index]["eps"])
         self._note_weights([param for _, _, param in unsettled if param in first])
-        self._warn_not_finite(not_finite)
+        self._tell_not_measured(not_finite)
         return first, skipped
 
     def _note_weights(self, params: list[Tensor]) -> None:
@@ -295,7 +309,7 @@ class MeasuredScales(NamedOptimizer):
         # While only fallbacks were seen there is no maximum; the largest of them then keeps the scale at 1 or below.
         return group["gsnr_max"] or max((state["gsnr"] for state in self.state.values()), default=0.0) or 1.0
 
-    def _warn_not_finite(self, names: list[str]) -> None:
+    def _tell_not_measured(self, names: list[str]) -> None:
         """One warning per step, with tensors that no earlier one named."""
         new = self._new_names(names)
         if new:

@@ -58,8 +58,6 @@ class ZeroPieces:
                 view = piece.cut(flat.tensor.detach()).requires_grad_()
                 self.views[piece], self.pieces[view], self.flat_of[piece] = view, piece, flat
         self.inner = self._make_inner()
-        self.measure_next = False
-        self._found: dict[str, float] | None = None
         self._now: set[Flat] = set()
         self._waiting: set[Flat] = set()
         self._measured: dict[Piece, float] = {}
@@ -97,14 +95,7 @@ class ZeroPieces:
             self.places = self.zero.check()
         self._waiting, self._measured, self._now = set(self.zero.flats), {}, set(now)
         self._take_options(range(len(self.inner.param_groups)))
-        if self.measure_next:
-            self.measure_next, self._found = False, self.inner.measure_now()
-        self.inner._begin()
-
-    def take_measured(self) -> dict[str, float] | None:
-        """What was measured on request, once."""
-        found, self._found = self._found, None
-        return found
+        self.inner._look()
 
     def moments(self, views: list[Tensor]) -> list[GradientMoments]:
         """Moments of whole gradients, as [`gradient_moments`]; one collective for all. Memory: none to speak of."""

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .routing import ADAM
+from .tensors import gradient_of
 from .zero import ZeroPieces
 
 
@@ -50,6 +52,47 @@ class PieceOfMatrix:
 
 # (group, route, stack of whole sources) -> updates of RMS 1.
 Whiten = Callable[[dict[str, Any], str, Tensor], Tensor]
+Place = tuple[int, int, Tensor]
+
+
+def move_pieces(
+    optimizer: Any, places: list[Place], whiten: Whiten, elements: Callable[[dict[str, Any], torch.device], int]
+) -> list[Place]:
+    """
+    Updates the matrices of which ZeRO has pieces.
+
+    Args:
+        optimizer (`SWAN`): The inner one.
+        places (`list`): Group index, index in the group, piece; the same tensors on all ranks.
+        whiten (callable): Whitens whole matrices, `[k, *shape]`.
+        elements (callable): Of a group and a device, how many a rank whitens at a time.
+
+    Returns:
+        `list`: The places of Adam's tensors, whose pieces are tensors like others.
+    """
+    pieces: ZeroPieces = optimizer._pieces
+    groups = optimizer.param_groups
+    to_adam = [place for place in places if groups[place[0]]["routes"][place[1]] == ADAM]
+    found = [place for place in places if groups[place[0]]["routes"][place[1]] != ADAM]
+    if not found:
+        return to_adam
+    gradients = [gradient_of(param) for _, _, param in found]
+    flags = finite_everywhere(gradients, pieces)
+    names = [optimizer._name(group, index) for group, index, _ in found]
+    optimizer._tell_of(names, flags, [optimizer.state[param] for _, _, param in found])
+    matrices = []
+    for (group_index, index, param), source, finite in zip(found, gradients, flags, strict=True):
+        group, state = groups[group_index], optimizer.state[param]
+        if group["momentum"]:
+            weight = 1.0 - group["momentum"] if "momentum_buffer" in state else 1.0
+            buffer = state.setdefault("momentum_buffer", torch.zeros_like(param.detach()))
+            source = buffer.lerp_(torch.where(finite, source, buffer), weight)
+        shape, where = optimizer.shape_of(param), pieces.where(param)
+        matrices.append(PieceOfMatrix(group, group["routes"][index], shape, param.detach(), source, where, finite))
+        state["step"] += 1
+    bound = min(elements(matrix.group, pieces.zero.device()) for matrix in matrices)
+    whiten_pieces(matrices, pieces, whiten, bound)
+    return to_adam
 
 
 def finite_everywhere(gradients: list[Tensor], pieces: ZeroPieces) -> Tensor:

@@ -278,7 +278,11 @@ def _read_groups(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
     for index, group in enumerate(optimizer.param_groups):
         options = {name: group[name] for name in names if name in group}
         reason = ", ".join(f"{name}={value}" for name, value in {"lr": peaks[index], **options}.items())
-        params = zip(group.get("param_names") or ["unnamed"] * len(group["params"]), group["params"], strict=True)
+        params = zip(
+            group.get("param_names") or [f"group{index}.{i}" for i in range(len(group["params"]))],
+            group["params"],
+            strict=True,
+        )
         rows += [route_row(name, param, f"group {index}", reason) for name, param in params if param.requires_grad]
     return {"tensors": [], "routes": rows}
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import logging
 import os
-import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hf_sai import SWAN, SGDSaI
+from support.processes import free_port
 
 
 STEPS = 6
@@ -157,7 +160,7 @@ def weights_of(model, stage):
 
 
 def case(folder, make, stage, accumulate=1, clip=0.0, resume=0, init=False, **zero):
-    """A run of `STEPS` steps; what every rank has at its end."""
+    """A run of `STEPS` steps; what this rank has at its end."""
     config = configuration(stage, accumulate, clip, **zero)
     engine, model, optimizer = build(make, config, init)
     if resume:
@@ -168,7 +171,34 @@ def case(folder, make, stage, accumulate=1, clip=0.0, resume=0, init=False, **ze
         engine.load_checkpoint(str(folder), tag="saved")
     run(engine, resume, STEPS, accumulate)
     rows = optimizer.gsnr_statistics() if hasattr(optimizer, "gsnr_statistics") else []
-    return {"weights": weights_of(model, stage), "rows": rows, "wrapper": type(engine.optimizer).__name__}
+    saved = [group.get("tensors") for group in optimizer.state_dict()["param_groups"]]
+    key = "momentum_buffer" if isinstance(optimizer, SGDSaI) else "exp_avg"
+    return {
+        "weights": weights_of(model, stage),
+        "rows": rows,
+        "saved": saved,
+        "buffer": full_state(dict(model.named_parameters())["odd.bias"], key, stage),
+        "wrapper": type(engine.optimizer).__name__,
+    }
+
+
+def full_state(param, key, stage):
+    """A tensor of the optimizer's state, as DeepSpeed finds it; `None` where there is none."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    try:
+        return safe_get_full_optimizer_state(param, key).clone() if stage else None
+    except (ValueError, KeyError):
+        return None
+
+
+def cases_of(folder, stage, cases):
+    """Several runs of one stage, one after the other: `{name: (make, settings)}`."""
+    found = {}
+    for name, (make, settings) in cases.items():
+        (folder / name).mkdir(exist_ok=True)
+        found[name] = case(folder / name, make, stage, **settings)
+    return found
 
 
 def start(rank, ranks, port, worker, folder, args):
@@ -181,22 +211,21 @@ def start(rank, ranks, port, worker, folder, args):
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(280, exit=True)  # where a rank waits for one that is gone
     import deepspeed
 
+    # A C++ extension that it would compile, under a lock that outlives a process. (The name is not that of torch.)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", verbose=False)
-    import logging
-
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     found = worker(Path(folder), *args)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
-    dist.barrier()
-    os._exit(0)
+    dist.barrier()  # a rank that leaves while the other still talks makes gloo abort
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads are torn down in any order at exit, and under load one then aborts the process
 
 
 def on_ranks(ranks, worker, folder, *args):
     """What `worker(folder, *args)` gives on each rank."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    mp.spawn(start, args=(ranks, port, worker, str(folder), args), nprocs=ranks, join=True)
+    mp.spawn(start, args=(ranks, free_port(), worker, str(folder), args), nprocs=ranks, join=True)
     return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
