@@ -70,6 +70,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-cards", action="store_true", help="write the fixtures of whole cards anew")
+
+
+@pytest.fixture
+def write_cards(request):
+    """Whether fixtures of whole cards are to be written."""
+    return request.config.getoption("--write-cards")
+
+
 @pytest.fixture
 def no_picture(monkeypatch):
     """For tests that train a lot: a picture takes as long as a training here, and has tests of its own."""
