@@ -208,7 +208,7 @@ def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, 
 def _draw_against_size(axes: Any, report: ReportData) -> None:
     settled = report.settled
     pending = report.by_status("pending")
-    normalizer = report.gsnr_max if report.options.get("normalize") == "max" and report.gsnr_max else 1.0
+    normalizer = report.normalizer
     floor = min((row.scale for row in settled), default=1.0) / 2
     for fallback, marker, colour in ((False, "o", POINT_COLOUR), (True, "s", FALLBACK_COLOUR)):
         rows = [row for row in settled if (row.status == "fallback") == fallback]
