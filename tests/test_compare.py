@@ -94,8 +94,8 @@ def test_what_rms_divides_by_is_read_from_the_rows():
         first.diff(second)
         .notes[0]
         .startswith(
-            "The runs normalise differently (first rms, second max): max divides by the largest g-SNR (32) and rms divides "
-            "by the RMS of the first gradient times its scales (0.125). g-SNR is compared here"
+            "The runs normalise differently (first rms, second max): max divides by the largest g-SNR (32) and "
+            "rms divides by the RMS of the first gradient times its scales (0.125). g-SNR is compared here"
         )
     )
 

@@ -171,7 +171,10 @@ def case(folder, make, stage, accumulate=1, clip=0.0, resume=0, init=False, **ze
         engine.load_checkpoint(str(folder), tag="saved")
     run(engine, resume, STEPS, accumulate)
     rows = optimizer.gsnr_statistics() if hasattr(optimizer, "gsnr_statistics") else []
-    saved = [group.get("tensors") for group in optimizer.state_dict()["param_groups"]]
+    taken = optimizer._taken_over()
+    if taken is not None:
+        taken.write()  # as state_dict() does, which stage 3 calls with groups that it has filled for it
+    saved = [group.get("tensors") for group in optimizer._every_group()]
     key = "momentum_buffer" if isinstance(optimizer, SGDSaI) else "exp_avg"
     kept = stage and optimizer.param_groups[0]["momentum" if isinstance(optimizer, SGDSaI) else "eps"]
     return {
