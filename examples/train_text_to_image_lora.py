@@ -178,7 +178,7 @@ def save(pipeline: StableDiffusionPipeline, unet: Any, optimizer: Any, drawn: li
         f"---\n{data.to_yaml()}\n---\n\n# LoRA text-to-image adapter\n\nOf {name}, with rank {args.lora_r}.{shown}\n"
     )
     ModelCard(card).save(folder / "README.md")
-    update_card(folder / "README.md", report)
+    update_card(folder / "README.md", report, earlier="")
     return report
 
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SaIConfig
+from .hub.host_lines import is_repo_id
 from .keeper import FILES, ReportKeeper
 from .live import (
     begin_training,
@@ -97,7 +98,7 @@ class GSNRCallback(TrainerCallback):
         if kwargs.get("model") is not None:
             name_parameters(live, kwargs["model"])
         if count_measurements(live):  # resumed: what it was measured on stands in the report of then
-            report = self._read(args, state, live, kwargs.get("lr_scheduler"))
+            report = self._read(args, state, live, **kwargs)
             for folder in (self.resumed_from, args.output_dir):
                 report = _with_earlier_facts(report, folder, state.global_step)
             self._keeper.report = report
@@ -124,7 +125,7 @@ class GSNRCallback(TrainerCallback):
         if record_of(live) is None:
             return
         if self._keeper.has_news(live):
-            report = self._read(args, state, live, kwargs.get("lr_scheduler"))
+            report = self._read(args, state, live, **kwargs)
             self._write_news(args, state)
             self._log(state, {f"{report.log_prefix}/{key}": value for key, value in report.summary().items()})
         measured = live.take_measured() if hasattr(live, "take_measured") else None
@@ -135,8 +136,17 @@ class GSNRCallback(TrainerCallback):
             if drift and drift[-1]["step"] == state.global_step:
                 self._log(state, {"gsnr/ratio_to_first_median": drift[-1]["median"]})
 
-    def _read(self, args: TrainingArguments, state: TrainerState, live: Any, scheduler: Any) -> GSNRReport:
-        return self._keeper.read(live, _run_facts(args, state), schedule_range(scheduler, state.max_steps))
+    def _read(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        live: Any,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        **unused: Any,
+    ) -> GSNRReport:
+        facts = {**_run_facts(args, state), **_origin(args, model)}
+        return self._keeper.read(live, facts, schedule_range(lr_scheduler, state.max_steps))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the report into the checkpoint."""
@@ -237,6 +247,19 @@ def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
         record.name,
         record.learning_rate_hint,
     )
+
+
+def _origin(args: TrainingArguments, model: Any) -> dict[str, str]:
+    """What is trained and where it goes: the class of a model, the repository that it came from, and the run's own."""
+    found: dict[str, str] = {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    if base is not None:
+        source = getattr(getattr(base, "config", None), "name_or_path", "")
+        known = [source] if source and is_repo_id(source) else []  # no folder of this machine
+        found["model"] = ", ".join([type(getattr(base, "_orig_mod", base)).__name__, *known])
+    if args.hub_model_id and is_repo_id(args.hub_model_id):
+        found["repository"] = args.hub_model_id
+    return found
 
 
 def _run_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -16,9 +16,12 @@ from torch.optim.optimizer import Optimizer
 
 import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
+from trainer_patches.optim_names import parse_optim_args
 
 from .deepspeed_config import check_config, deepspeed_config, is_left_out
 from .live import begin_training, end_training, splitting_mode
+from .optim.decay import decaying
+from .optim.names import plain_name, unwrapped
 from .optim.registry import (
     OptimizerRecord,
     OptionError,
@@ -33,7 +36,19 @@ from .report import GSNRReport
 
 logger = logging.getLogger(__name__)
 
-_decay_rule: ContextVar[Callable[[nn.Module], Iterable[str]]] = ContextVar("decay_rule", default=decay_parameter_names)
+
+def decaying_names(model: nn.Module) -> set[str]:
+    """
+    Names of the parameters that decay: all but biases and norms, as the host's Trainer has it, but by module; see
+    [`hf_sai.optim.decay.decaying`].
+
+    Args:
+        model (`torch.nn.Module`): Of any library.
+    """
+    return decaying(model, decay_parameter_names(unwrapped(model)))
+
+
+_decay_rule: ContextVar[Callable[[nn.Module], Iterable[str]]] = ContextVar("decay_rule", default=decaying_names)
 
 
 def register() -> None:
@@ -182,7 +197,8 @@ def param_groups(
         model (`torch.nn.Module`): Its trainable parameters are taken, each once.
         optim (`str`): Such as `"sgd_sai"`.
         weight_decay (`float`, *optional*, defaults to 0.0): Of the groups that decay.
-        decay_names (iterable of `str`, *optional*): Names that decay. Defaults to the host Trainer's rule.
+        decay_names (iterable of `str`, *optional*): Names that decay. Defaults to the host Trainer's rule, put right
+            by module: no norm of any library decays; the weights of linear layers, convolutions and embeddings do.
         target_modules (`str` or `list[str]`, *optional*): The modules that SWAN may whiten, as the host's
             `optim_target_modules` has it: a regular expression for the whole name, a list of names, parts of names or
             expressions, or `"all-linear"`. Defaults to all.
@@ -198,7 +214,7 @@ def param_groups(
         `ValueError`: Nothing is left for SWAN to whiten, or there is no pair.
     """
     record = get_record(optim)
-    decays = set(decay_parameter_names(model) if decay_names is None else decay_names)
+    decays = decaying_names(model) if decay_names is None else {plain_name(name) for name in decay_names}
     chosen = {record.spelling(name): value for name, value in routing.items()}
     if len(chosen) < len(routing):
         raise OptionError(f"{', '.join(routing)} of {optim} are two names of one option; leave the older one out")
@@ -233,8 +249,12 @@ _HOST_SETTINGS: dict[str, Callable[[Any], Any]] = {
 
 @contextlib.contextmanager
 def decay_rule(rule: Callable[[nn.Module], Iterable[str]]) -> Iterator[None]:
-    """While it is open, handlers ask `rule(model)` which parameters decay: a Trainer subclass may have its own."""
-    token = _decay_rule.set(rule)
+    """
+    While it is open, handlers ask `rule(model)` which parameters decay: a Trainer subclass may have its own.
+    The one of the host's Trainer is put right by [`decaying_names`].
+    """
+    is_hosts = getattr(rule, "__module__", "") == "transformers.trainer"
+    token = _decay_rule.set(decaying_names if is_hosts else rule)
     try:
         yield
     finally:
@@ -246,7 +266,9 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     args = context.args
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     kwargs |= {name: _HOST_SETTINGS[name](args) for name in record.host_settings}
-    options, routing = _typed_options(record, context.optim_args)
+    text = getattr(args, "optim_args", None)  # the host drops the spaces of a path
+    given = parse_optim_args(text) if isinstance(text, str) else context.optim_args
+    options, routing = _typed_options(record, given)
     _refuse_unsupported_modes(record, args, routing)
     kwargs |= options
     shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")

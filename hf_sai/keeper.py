@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport
 logger = logging.getLogger(__name__)
 
 FILES = (REPORT_JSON, REPORT_PNG, HISTORY_PNG)
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
 
 
 class ReportKeeper:
@@ -48,12 +53,12 @@ class ReportKeeper:
 
         Args:
             optimizer (`torch.optim.Optimizer`): One of ours, without a wrapper.
-            facts (`dict`): Of the run; the number of measurements is added.
+            facts (`dict`): Of the run; the number of measurements and the date are added.
             schedule (`list[float]`, *optional*): As in [`GSNRReport`].
         """
         self._read = count_measurements(optimizer)
         history = self.report.history if self.report is not None else []
-        read = GSNRReport.from_optimizer(optimizer, {"measurements": self._read, **facts}, schedule)
+        read = GSNRReport.from_optimizer(optimizer, {"measurements": self._read, "date": _today(), **facts}, schedule)
         self.report = dataclasses.replace(read, history=history)
         return self.report
 

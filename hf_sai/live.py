@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from trainer_patches.script_optimizer import unwrapped as unwrap_optimizer
 
+from .optim.names import named_parameters
 from .optim.registry import OptionError, get_record, list_records, record_of
 from .optim.tensors import is_sharded
 
@@ -137,13 +138,17 @@ def name_parameters(optimizer: Optimizer, model: nn.Module) -> None:
 
     Args:
         optimizer (`torch.optim.Optimizer`): Without a wrapper.
-        model (`torch.nn.Module`): Where the names come from. A parameter that is not in it is called `unnamed`.
+        model (`torch.nn.Module`): Where the names come from. Those that are not in it are called
+            `unnamed.0`, `unnamed.1` and so on.
     """
     if getattr(optimizer, "is_partitioned", False):
         return  # DeepSpeed ZeRO has put flat buffers in their place, and knows the names
-    names = {param: name for name, param in model.named_parameters()}
+    names = {param: name for name, param in named_parameters(model)}
+    everywhere = [param for group in optimizer.param_groups for param in group["params"]]
+    strangers = [param for param in everywhere if param not in names]
+    names |= {param: f"unnamed.{index}" for index, param in enumerate(strangers)}
     for group in optimizer.param_groups:
-        group.setdefault("param_names", [names.get(param, "unnamed") for param in group["params"]])
+        group.setdefault("param_names", [names[param] for param in group["params"]])
 
 
 def count_measurements(optimizer: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -15,11 +16,17 @@ import trainer_patches
 
 from .callback import GSNRCallback
 from .config import SaIConfig
-from .hub.card import mark_generated, update_card
+from .files import warning_instead
+from .hub.card import back_on_error, card_aside, keep_card, read_card, update_card
 from .hub.push import HostPushes
+from .hub.results import plain
 from .integration import decay_rule
 from .live import assert_optimizer, name_parameters, optim_name, unwrap_optimizer
 from .optim.registry import get_record, list_records, parse_options, record_of
+from .upload import checked_token
+
+
+logger = logging.getLogger(__name__)
 
 
 class SaITrainerMixin:
@@ -51,6 +58,7 @@ class SaITrainerMixin:
     args: Any
     model: Any
     optimizer: Any
+    state: Any
     add_callback: Any
     is_world_process_zero: Any
     get_decay_parameter_names: Any
@@ -59,6 +67,8 @@ class SaITrainerMixin:
         config = sai_config or SaIConfig()
         self._hub = HostPushes(config.hub_strict, config.hub_timeout)
         super().__init__(*args, **kwargs)
+        if self.args.push_to_hub:
+            checked_token(self.args.hub_token)
         if self._asked_for is not None:
             parse_options(get_record(self._asked_for), trainer_patches.parse_optim_args(self.args.optim_args))
         self.gsnr_callback = self.gsnr_callback_class(self, config)
@@ -101,7 +111,8 @@ class SaITrainerMixin:
         """
         As the host's, with our section after it; see [`hf_sai.hub.card.update_card`].
 
-        A card that a person has edited since it was generated keeps its text: there only our section is renewed.
+        A card that a person has edited since it was generated keeps its text: there only our section is renewed. One
+        that can't be read is left as it is, with a warning; the host would raise.
 
         Args:
             results (iterable of `huggingface_hub.EvalResult`, *optional*): For the card's header; as from
@@ -111,12 +122,23 @@ class SaITrainerMixin:
         """
         path = Path(self.args.output_dir) / "README.md"
         writes = self.is_world_process_zero()
-        earlier = path.read_text(encoding="utf-8") if writes and path.is_file() else ""
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        earlier = read_card(path) if writes and path.is_file() else ""
+        if earlier is None:
+            return
+        history = self.state.log_history
+        # With numbers of NumPy or torch the host would write a header that no reader of YAML loads.
+        self.state.log_history = [plain(entry) for entry in history]
+        try:
+            with back_on_error(path, earlier):
+                super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.state.log_history = history
         callback = self.gsnr_callback
         if writes and callback.report is not None and callback.config.sai_report:
             callback.write(self.args.output_dir, self.args.output_dir)
-            update_card(path, callback.report, earlier=earlier, repo_id=self._full_repo_id(), results=results)
+            failed = warning_instead(logger, f"{path} could not be written; the model is not concerned.")
+            with failed, back_on_error(path, earlier):
+                update_card(path, callback.report, earlier=earlier, repo_id=self._full_repo_id(), results=results)
 
     def _full_repo_id(self) -> str | None:
         name = getattr(self, "hub_model_id", None) or self.args.hub_model_id
@@ -154,16 +176,15 @@ class SaITrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        card = folder / "README.md"
-        before = card.read_bytes() if card.is_file() else None
-        with trainer_patches.token_free_pickles(self.args):
+        path = folder / "README.md"
+        with trainer_patches.token_free_pickles(self.args), card_aside(path) as before:
             super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
         if self.args.should_save:
-            self.gsnr_callback.write(folder, self.args.output_dir)
-            if before is not None:  # PEFT takes tags out of a card that is there, a person's too
-                card.write_bytes(before)
-            elif card.is_file():  # PEFT's form, to be filled in
-                mark_generated(card)
+            callback = self.gsnr_callback
+            callback.write(folder, self.args.output_dir)
+            report = callback.report if callback.config.sai_report else None
+            with warning_instead(logger, f"{path} could not be written; the model is not concerned."):
+                keep_card(path, before, report, self._full_repo_id())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         with trainer_patches.token_free_pickles(self.args), self._hub_calls():

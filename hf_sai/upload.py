@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
-from trainer_patches.tokens import MASK, TOKEN, TOKEN_BYTES
+from trainer_patches.tokens import MASK, TOKEN_BYTES
 
 
 logger = logging.getLogger(__name__)
@@ -24,9 +32,14 @@ TIMEOUT = 3600.0  # seconds: some 70 GB over a line of 20 MB/s
 WAITS = (1.0, 4.0, 16.0)  # seconds before each repetition
 LONGEST_WAIT = 300.0  # seconds: more is not waited for, whatever Retry-After says
 _TRANSIENT = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
+CARD = "README.md"
+_REFUSED_CARD = "Invalid metadata in README.md"  # so begins the client's error, before anything is sent
+# What no repetition changes, of httpx or httpx2 by name: a header, an address or a certificate that can't be right.
+_FINAL = {"LocalProtocolError", "UnsupportedProtocol", "TooManyRedirects", "SSLCertVerificationError"}
 # Of httpx or httpx2, by the version of huggingface_hub: every error of a connection derives from it.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".onnx", ".h5", ".msgpack")
+_SHORT = 8  # characters: as much may stand inside another word
 _SMALL = 16 * 2**20  # bytes: weights below that are looked through as well, training_args.bin among them
 
 _Result = TypeVar("_Result")
@@ -39,6 +52,10 @@ class UploadError(ValueError, RuntimeError):
 
 class TokenInFileError(UploadError):
     """A file that was to be uploaded holds an access token."""
+
+
+class RequestError(UploadError):
+    """What was asked for can't be done, however often it is tried."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +105,10 @@ def upload(
 
     Raises:
         `TokenInFileError`: A file holds a token; nothing was sent.
+        `RequestError`: The destination or the token can't be right; nothing was sent.
         `UploadError`: It did not work out.
     """
-    if destination.create_pr and destination.revision not in (None, "main"):
-        raise UploadError(
-            f"a pull request goes against main, but revision is {destination.revision!r}; leave out one of them"
-        )
+    destination = checked(destination)
     refuse_tokens(files, known_tokens(destination.token))
     given_up = threading.Event()
     job = _Upload(files, destination, message, revise, time.monotonic() + timeout, given_up)
@@ -102,9 +117,53 @@ def upload(
     except UploadError:
         raise
     except Exception as error:
-        raise UploadError(reason(error, destination.token)) from None
+        raise UploadError(reason(error, destination.token) + _remedy(error)) from None
     finally:
         given_up.set()
+
+
+def checked(destination: Destination) -> Destination:
+    """
+    The destination with its token stripped.
+
+    Raises:
+        `RequestError`: No push to it can work: of its name, its token, or a pull request against a branch.
+    """
+    to = destination
+    if to.create_pr and to.revision not in (None, "main"):
+        raise RequestError(f"a pull request goes against main, but revision is {to.revision!r}; leave out one of them")
+    try:
+        validate_repo_id(to.repo_id)
+    except (HFValidationError, TypeError) as error:
+        told = " ".join(str(error).split()).rstrip(".")
+        raise RequestError(f"a repository is user/name, but the one given is {to.repo_id!r}: {told}") from None
+    token = checked_token(to.token)
+    if token is None or token is True:
+        checked_token(get_token())  # of HF_TOKEN or a file: no error of it would say what is wrong
+    return replace(to, token=token)
+
+
+def checked_token(token: str | bool | None) -> str | bool | None:
+    """
+    The token without blanks around it, as files and environment variables have them.
+
+    Raises:
+        `RequestError`: It can be none. The message does not show it.
+    """
+    if token is None or isinstance(token, bool):
+        return token
+    where = "make one at https://huggingface.co/settings/tokens, or leave it out to use the one of hf auth login"
+    if not isinstance(token, str):
+        raise RequestError(f"a token must be a text, but the one given is a {type(token).__name__}; {where}")
+    token = token.strip()
+    if not token:
+        raise RequestError(f"a token must be a word such as hf_..., but the one given is empty; {where}")
+    if not all("!" <= each <= "~" for each in token):
+        raise RequestError(
+            f"a token must be one word of ASCII, but the one given (<TOKEN>, {len(token)} characters) has blanks or "
+            f"other signs in it; {where}"
+        )
+    return token
 
 
 @dataclass
@@ -117,6 +176,7 @@ class _Upload:
     given_up: threading.Event
     _said: str = ""
     _sent: bool = False
+    _refused: bool = False
 
     def run(self) -> CommitInfo:
         waits = iter(WAITS)
@@ -124,6 +184,8 @@ class _Upload:
             try:
                 return self._attempt()
             except Exception as error:
+                if self._leaves_card_out(error):
+                    continue
                 wait = next(waits, None)
                 answered = any(isinstance(each, HfHubHTTPError) for each in _chain(error))
                 if self._sent and self.destination.create_pr and not answered:
@@ -141,7 +203,11 @@ class _Upload:
         api = HfApi(token=to.token, library_name="hf_sai")
         info = self._repository(api)
         self._check_time()
-        files = self.files if self.revise is None else self.revise(api, info, self.files)
+        files = dict(self.files if self.revise is None else self.revise(api, info, self.files))
+        if self._refused:
+            files.pop(CARD, None)
+        if not files:
+            raise RequestError(f"a push needs files, but {CARD}, which can't be pushed, is all that there is")
         operations = [
             CommitOperationAdd(
                 path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
@@ -164,6 +230,16 @@ class _Upload:
             create_pr=to.create_pr,
             parent_commit=None if to.create_pr else info.sha,
         )
+
+    def _leaves_card_out(self, error: Exception) -> bool:
+        """Whether the Hub refuses the header of the card, and only that: it does not keep the other files back."""
+        if self._refused or not isinstance(error, ValueError) or not str(error).startswith(_REFUSED_CARD):
+            return False
+        told = without_tokens(" ".join(str(error).split()), known_tokens(self.destination.token))
+        text = "%s is not pushed to %s, the other files are: the Hub refuses it (%s). Correct it and push again."
+        logger.warning(text, CARD, self.destination.repo_id, told)
+        self._refused = True
+        return True
 
     def _repository(self, api: HfApi) -> ModelInfo:
         """The repository at the revision; made where it is missing."""
@@ -233,6 +309,9 @@ def within(seconds: float, function: Callable[[], _Result]) -> _Result:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may work a little later."""
+    types = {cls.__name__ for each in _chain(error) for cls in (type(each), type(each.__context__))}
+    if types & _FINAL:
+        return False
     for each in _chain(error):
         if isinstance(each, HfHubHTTPError):
             return each.response.status_code in _TRANSIENT
@@ -268,9 +347,16 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
     return without_tokens("; ".join(lines), known_tokens(token))
 
 
+def _remedy(error: BaseException) -> str:
+    """What helps where the same request would be answered the same."""
+    status = next((each.response.status_code for each in _chain(error) if isinstance(each, HfHubHTTPError)), None)
+    remedies = {401: "log in (hf auth login)", 403: "take a token that may write there", 404: "check the name"}
+    return f"; {remedies[status]}" if status in remedies else ""
+
+
 def known_tokens(token: str | bool | None = None) -> set[str]:
-    """The token that is given and the one that is logged in; both may look like anything."""
-    return {each for each in (token, get_token()) if isinstance(each, str) and each}
+    """The token that is given and the one that is logged in, without blanks around; both may look like anything."""
+    return {each.strip() for each in (token, get_token()) if isinstance(each, str) and each.strip()}
 
 
 def refuse_tokens(files: Files, secrets: Iterable[str]) -> None:
@@ -279,13 +365,13 @@ def refuse_tokens(files: Files, secrets: Iterable[str]) -> None:
 
     Weights of more than 16 MiB are not looked through.
     """
-    wanted = [secret.encode() for secret in secrets]
+    wanted = _as_sent(secrets)
     for name, content in files.items():
         if isinstance(content, Path):
             if content.suffix in _WEIGHTS and content.stat().st_size > _SMALL:
                 continue
             content = content.read_bytes()
-        if any(secret in content for secret in wanted) or TOKEN_BYTES.search(content):
+        if (wanted and wanted.search(content)) or TOKEN_BYTES.search(content):
             raise TokenInFileError(
                 f"no file that is uploaded may hold an access token, but {name} does; take it out (and revoke it if "
                 "the file was shared)"
@@ -293,7 +379,18 @@ def refuse_tokens(files: Files, secrets: Iterable[str]) -> None:
 
 
 def without_tokens(text: str, secrets: Iterable[str]) -> str:
-    """`text` with each token replaced by `<TOKEN>`."""
-    for secret in secrets:
-        text = text.replace(secret, MASK)
-    return TOKEN.sub(MASK, text)
+    """`text` with each token replaced by `<TOKEN>`, in each of the forms that it is sent or shown in."""
+    content = text.encode(errors="replace")
+    wanted = _as_sent(secrets)
+    if wanted:
+        content = wanted.sub(MASK.encode(), content)
+    return TOKEN_BYTES.sub(MASK.encode(), content).decode()
+
+
+def _as_sent(secrets: Iterable[str]) -> re.Pattern[bytes] | None:
+    """Finds tokens as they are, percent-encoded and escaped; a short one as a whole word only. `None` of none."""
+    words = {secret.strip() for secret in secrets} - {""}
+    forms = {form for word in words for form in (word, quote(word, safe=""), repr(word)[1:-1], json.dumps(word)[1:-1])}
+    found = [re.escape(form.encode(errors="replace")) for form in sorted(forms, key=len, reverse=True)]
+    whole = [each if len(each) >= _SHORT else rb"(?<!\w)" + each + rb"(?!\w)" for each in found]
+    return re.compile(b"|".join(whole)) if whole else None

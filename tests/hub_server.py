@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 
 USER = "user"
@@ -163,13 +164,14 @@ class Hub:
         return {}
 
     def validate(self, match, query, body):
-        header = re.match(r"---\n(.*?)\n---", json.loads(body)["content"], re.DOTALL)
+        header = REGEX_YAML_BLOCK.search(json.loads(body)["content"].removeprefix("\ufeff"))
         try:
-            data = yaml.safe_load(header[1]) or {} if header else {}
-        except yaml.YAMLError as error:
+            data = yaml.safe_load(header[2]) or {} if header else {}
+            assert isinstance(data, dict), "the header is no mapping"
+        except (yaml.YAMLError, AssertionError) as error:
             raise Answer(400, {"errors": [{"message": str(error)}], "warnings": []}) from None
         models = data.get("base_model") or []
-        bad = [each for each in ([models] if isinstance(models, str) else models) if not REPO_ID.match(each)]
+        bad = [each for each in (models if isinstance(models, list) else [models]) if not REPO_ID.match(str(each))]
         if bad:
             raise Answer(400, {"errors": [{"message": f"base_model {bad} is no model id"}], "warnings": []})
         return {"errors": [], "warnings": []}

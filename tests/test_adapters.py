@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from support.models import tiny_llama, tiny_lora, token_blocks
 from support.trainers import arguments, trainable
 
 import hf_sai
+from hf_sai import GSNRReport
 from hf_sai.optim import OptionError, SGDSaI, SGDSaILayerwise
 from hf_sai.optim.lora_pairs import A_RATE, adapter_pairs
 from hf_sai.stand_in import Replacement
@@ -285,3 +287,72 @@ def test_rms_of_paired_factors_is_that_of_their_bounded_gradients():
     optimizer.step()
     moved = torch.cat([(before[name] - value).flatten() for name, value in trainable(model).items()])
     assert moved.square().mean().sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- what the report says of a pair ----
+
+
+def hand_made_pair(**options):
+    """A of 2 x 3 twos, B of 3 x 2 that starts at zero."""
+    a, b = torch.nn.Parameter(torch.full((2, 3), 2.0)), torch.nn.Parameter(torch.zeros(3, 2))
+    groups = [{"params": [("layers.0.lora_A.weight", a), ("layers.0.lora_B.weight", b)], "paired": True}]
+    return a, b, SGDSaI(groups, lr=0.1, momentum=0.9, weight_decay=0.0, eps=0.0, **options)
+
+
+def step_by(optimizer, params, gradients):
+    """What a step adds to each tensor."""
+    before = [param.detach().clone() for param in params]
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient.clone()
+    optimizer.step()
+    return [param.detach() - old for param, old in zip(params, before, strict=True)]
+
+
+def test_the_learning_rate_of_a_pair_is_what_its_first_gradients_are_multiplied_by():
+    """
+    B's gradient has a norm of 4, which bounds A's of 3. The g-SNR of a gradient of zero mean is sqrt(n - 1) = sqrt(5),
+    so that B's is multiplied by 0.1 sqrt(5) / 4, and A's by 0.3 of that.
+    """
+    signs = torch.tensor([1.0, -1.0]).repeat(3) / math.sqrt(6)
+    gradients = [3 * signs.view(2, 3), 4 * signs.view(3, 2)]
+    a, b, optimizer = hand_made_pair()
+    moves = step_by(optimizer, (a, b), gradients)
+    row_a, row_b = GSNRReport.from_optimizer(optimizer).tensors
+    expected = [0.1 * math.sqrt(5) * 0.3 / 4, 0.1 * math.sqrt(5) / 4]
+    assert [row_a.learning_rate, row_b.learning_rate] == pytest.approx(expected, rel=1e-6)
+    assert [row_a.factor, row_b.factor] == pytest.approx([0.3 / 4, 1 / 4], rel=1e-6)
+    assert [row_a.gradient_norm, row_b.gradient_norm] == pytest.approx([3.0, 4.0], rel=1e-6)
+    assert (row_a.weight_rms, row_b.weight_rms) == (2.0, 0.0)
+    for row, move, gradient in zip((row_a, row_b), moves, gradients, strict=True):
+        assert torch.allclose(move, -row.learning_rate * gradient, rtol=1e-5)
+        assert row.update_rms == pytest.approx(move.square().mean().sqrt().item(), rel=1e-5)
+    assert row_a.moved == pytest.approx(moves[0].square().mean().sqrt().item() / 2.0, rel=1e-5)
+    assert row_b.moved is None
+
+
+def test_a_factor_that_is_measured_later_is_bounded_by_its_own_norm_where_that_is_larger():
+    """As in a real run: A's first gradient is zero, and comes with a norm of 10 when B has moved, whose norm was 4."""
+    signs = torch.tensor([1.0, -1.0]).repeat(3) / math.sqrt(6)
+    a, b, optimizer = hand_made_pair()
+    step_by(optimizer, (a, b), [torch.zeros(2, 3), 4 * signs.view(3, 2)])
+    pending, _ = GSNRReport.from_optimizer(optimizer).tensors
+    assert (pending.status, pending.learning_rate, pending.update_rms) == ("pending", 0.0, None)
+    second = [10 * signs.view(2, 3), torch.zeros(3, 2)]
+    move, _ = step_by(optimizer, (a, b), second)
+    row, _ = GSNRReport.from_optimizer(optimizer).tensors
+    assert row.learning_rate == pytest.approx(0.1 * math.sqrt(5) * 0.3 / 10, rel=1e-6)
+    assert torch.allclose(move, -row.learning_rate * second[0], rtol=1e-5)
+
+
+def test_a_pairs_state_of_before_norms_were_kept_gives_the_bound_alone():
+    signs = torch.tensor([1.0, -1.0]).repeat(3) / math.sqrt(6)
+    a, b, optimizer = hand_made_pair()
+    step_by(optimizer, (a, b), [signs.view(2, 3), 4 * signs.view(3, 2)])
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        del state["gradient_norm"], state["weight_rms"]
+    _, _, other = hand_made_pair()
+    other.load_state_dict(saved)
+    rows = GSNRReport.from_optimizer(other).tensors
+    assert [row.factor for row in rows] == pytest.approx([0.3 / 4, 1 / 4], rel=1e-6)
+    assert [row.update_rms for row in rows] == [None, None]

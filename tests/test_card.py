@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
+from markdown_it import MarkdownIt
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
 from hf_sai.hub.card import (
     BEGIN,
     END,
+    card_aside,
     card_facts,
     insert_section,
     is_generated,
+    keep_card,
     mark_generated,
     merge_cards,
     name_repository,
     render_section,
+    save_card,
     update_card,
 )
+from hf_sai.hub.section import Artifact, read_artifact
 from hf_sai.report import format_bytes
 
 
@@ -249,3 +257,225 @@ def test_a_repository_is_named_in_our_section_only(report, tmp_path):
     content = name_repository(path.read_text(), "user/run")
     assert content.count("your-name/this-repository") == 1
     assert content.count('"gsnr=user/run"') == 1
+
+
+ODD_NAMES = ("a|b", "x`y", "n\nl", "<!-- hf-sai:end -->", "a\\", "*b*", "[c](d)", "``", "|", "&lt;", "e\tf\r\ng")
+
+
+def rows_of(section):
+    """Cells of the tables of a section, as Markdown renders them."""
+    rows, inside = [], False
+    for token in MarkdownIt("commonmark").enable("table").parse(section):
+        if token.type in ("tr_open", "tr_close"):
+            inside = token.type == "tr_open"
+            rows += [[]] * inside
+        elif token.type == "inline" and inside:
+            rows[-1] = rows[-1] + ["".join(each.content or "\n" for each in token.children)]
+    return rows
+
+
+@pytest.mark.parametrize("template", ["sgd_sai", "swan"])
+def test_odd_names_and_options_stand_in_whole_rows(report, template):
+    """Names, options, routes and reasons, in both templates; what ends a line or a section ends neither."""
+    facts = card_facts(report if template == "sgd_sai" else GSNRReport.from_optimizer(swan()))
+    kinds = [{**facts.kinds[0], "kind": name} for name in ODD_NAMES] if template == "sgd_sai" else []
+    routes = [
+        {"kind": name, "tensors": 1, "shape": "2x2", "route": name, "reason": name}
+        for name in (ODD_NAMES if template == "swan" else ())
+    ]
+    options = [(name, name) for name in ODD_NAMES]
+    section = render_section(dataclasses.replace(facts, options=options, kinds=kinds, routes=routes))
+    assert insert_section(section, section) == section  # one whole section
+    words = [" ".join(name.split()) for name in ODD_NAMES]
+    option_rows = [row for row in rows_of(section) if len(row) == 2][1:]
+    assert option_rows == [[word, word] for word in words]
+    tensor_rows = [row for row in rows_of(section) if len(row) > 2][1:]
+    assert [row[0] for row in tensor_rows] == words
+    if template == "swan":
+        assert [row[3:] for row in tensor_rows] == [[word, word] for word in words]
+
+
+@pytest.mark.parametrize(
+    "base", ['a "quoted" model', "line\nbreak", "```\nx", "<!-- hf-sai:end -->", "back\\slash", "café"]
+)
+def test_code_of_odd_names_is_python(report, base):
+    """The base model is what a person's header says; the code that names it can be run."""
+    artifact = Artifact(kind="peft", base_model=base, repo_id="user/run")
+    section = render_section(card_facts(report, artifact))
+    assert insert_section(section, section) == section
+    code = [
+        token.content
+        for token in MarkdownIt().parse(section)
+        if token.type == "fence" and "PeftModel" in token.content
+    ]
+    calls = [node for node in ast.walk(ast.parse(code[0])) if isinstance(node, ast.Call)]
+    assert base in [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
+
+
+def test_files_beside_the_card_may_be_broken(tmp_path):
+    (tmp_path / "config.json").write_text("{no json")
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff")
+    assert read_artifact(tmp_path, "peft", [], None).model_class == "AutoModel"
+    (tmp_path / "config.json").write_text('{"architectures": "import os; os"}')
+    assert read_artifact(tmp_path, "transformers", [], None).model_class == "AutoModel"
+    (tmp_path / "config.json").write_text('{"architectures": "LlamaForCausalLM"}')
+    assert read_artifact(tmp_path, "transformers", [], None).model_class == "LlamaForCausalLM"
+
+
+HOST_LINES = """---
+base_model: {path}
+datasets:
+- {path}/data
+- user/data
+model-index:
+- name: run
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      name: {path}/data
+      type: null
+    metrics:
+    - type: loss
+      value: 0.5
+tags:
+- base_model:adapter:{path}
+---
+
+<!-- This model card has been generated automatically according to the information the Trainer had access to. -->
+
+This model is a fine-tuned version of [{path}](https://huggingface.co/{path}) on the None dataset.
+These are LoRA adaption weights for {path}. They were fine-tuned on the {path}/data dataset.
+Trained on the [{path}/data](https://huggingface.co/datasets/{path}/data) dataset; see ![img](./image_0.png).
+Also of [](https://huggingface.co/) and [user/base](https://huggingface.co/user/base), see https://example.org/a/b/c.
+
+- optimizer: Use OptimizerNames.SGD_SAI and the args are:
+gsnr={path}
+- seed: 42 and/or 1 / 2
+- other: gsnr=others/alice/runs
+- optim_args: gsnr={path}, `file://{path}`
+"""
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/alice/secret", "C:\\Users\\alice\\secret", "~/alice/secret", "runs/alice/secret"]
+)
+def test_the_lines_of_a_host_are_true_and_tell_no_path(report, tmp_path, path, caplog):
+    card = tmp_path / "README.md"
+    card.write_text(HOST_LINES.format(path=path))
+    update_card(card, report)
+    content = card.read_text()
+    assert "alice" not in content
+    assert caplog.text == ""
+    data = ModelCard.load(card).data
+    assert (data.base_model, data.datasets) == (None, ["user/data"])
+    assert [(each.dataset_type, each.metric_value) for each in data.eval_results] == [("unknown", 0.5)]
+    lines = content.splitlines()
+    assert "This model is a fine-tuned version of a local model on an unnamed dataset." in lines
+    assert (
+        "Also of a local model and [user/base](https://huggingface.co/user/base), see https://example.org/a/b/c."
+        in lines
+    )
+    assert "Trained on a local dataset; see ![img](./image_0.png)." in lines
+    assert "- seed: 42 and/or 1 / 2" in lines
+    line = next(line for line in lines if line.startswith("- optimizer: "))
+    assert line.startswith(
+        "- optimizer: sgd_sai of hf_sai with momentum=0.9, eps=1e-08, normalize=none, measure_steps=1"
+    )
+    assert "Use OptimizerNames" not in content
+    assert is_generated(content)
+
+
+def test_a_persons_text_may_name_paths_and_optimizers(report, tmp_path):
+    """Only what a host generated is put right; a card that was edited, and had our section, is a person's."""
+    mine = HOST_LINES.format(path="/home/alice/secret").split("---\n", 2)[2]
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: mit\n---\n" + mine)
+    update_card(path, report, earlier="")
+    edited = path.read_text().replace("- seed: 42", "- seed: 43, of /home/alice/seeds on the None dataset")
+    path.write_text(edited)
+    update_card(path, report)
+    update_card(path, report)
+    text = path.read_text()
+    assert "- seed: 43, of /home/alice/seeds on the None dataset" in text
+    assert text == re.sub("\n<!-- hf-sai:generated .*\n", "\n", edited)
+
+
+def test_a_card_that_would_not_load_is_not_written_over_a_good_one(tmp_path, caplog):
+    path = tmp_path / "README.md"
+    path.write_text(HOST_CARD)
+    for broken in ("---\na: b: c\n---\n", "---\n- a\n---\n", "---\na: !!python/name:os.system\n---\n", "a\ud800"):
+        save_card(path, broken)
+        assert path.read_text() == HOST_CARD
+    assert caplog.text.count(f"{path} is left as it is: the new one could not be read again") == 4
+    save_card(path, "---\na: 1\n---\n")
+    assert path.read_text() == "---\na: 1\n---\n"
+
+
+def test_where_a_host_writes_what_can_not_be_read_the_earlier_card_is_back(report, tmp_path, caplog):
+    path = tmp_path / "README.md"
+    path.write_bytes(b"---\nvalue: !!python/object/apply:numpy.float32 []\n---\n")
+    update_card(path, report, earlier=HOST_CARD)
+    assert path.read_text() == HOST_CARD
+    assert "the card that stood there before is back" in caplog.text
+
+
+SAVED = "---\nlibrary_name: st\n---\n\n# Of a host that writes its card with every save: {}\n"
+
+
+def test_a_card_that_a_save_writes_anew_gets_the_section(report, tmp_path):
+    path = tmp_path / "README.md"
+    for rate in ("0.001", "0.002"):
+        before = path.read_bytes() if path.is_file() else None
+        path.write_text(SAVED.format(rate))
+        keep_card(path, before, report, "user/run")
+        text = path.read_text()
+        assert text.startswith(
+            SAVED.format(rate).replace("st\n", "st\ntags:\n- hf-sai\n- sgd-sai\n- arxiv:2412.11768\n")
+        )
+        assert text.count(BEGIN) == 1
+        assert is_generated(text)
+    path.write_text(mine := text.replace("# Of", "# Mine, of"))
+    path.write_text(SAVED.format("0.003"))
+    keep_card(path, mine.encode(), report, "user/run")
+    assert "# Mine, of a host" in path.read_text()
+    assert path.read_text().count(BEGIN) == 1
+
+
+def test_without_a_report_the_newest_card_of_a_host_stays_and_a_persons_too(tmp_path):
+    path, before = tmp_path / "README.md", None
+    for rate in ("0.001", "0.002"):
+        path.write_text(SAVED.format(rate))
+        keep_card(path, before, None, None)
+        before = path.read_bytes()
+        assert SAVED.format(rate) in before.decode()
+        assert is_generated(before.decode())
+    mine = before.replace(b"# Of", b"# Mine, of")
+    path.write_text(SAVED.format("0.003"))
+    keep_card(path, mine, None, None)
+    assert path.read_bytes() == mine
+
+
+def test_a_card_that_a_save_changes_is_put_back(report, tmp_path):
+    path = tmp_path / "README.md"
+    for mine in ("# Mine\r\n", SAVED):
+        path.write_text(mine + "\n- PEFT 0.1")
+        keep_card(path, mine.encode(), report, None)
+        assert path.read_bytes() == mine.encode()
+    path.write_text(form := "---\nlicense: mit\n---\n\n[More Information Needed]\n")
+    keep_card(path, None, report, None)
+    assert is_generated(path.read_text())
+    assert path.read_text().startswith(form)
+    assert BEGIN not in path.read_text()
+
+
+def test_a_card_that_can_not_be_read_steps_aside_for_a_save(tmp_path, caplog):
+    path = tmp_path / "README.md"
+    path.write_bytes(b"---\na: b: c\n---\n")
+    with contextlib.suppress(ZeroDivisionError), card_aside(path) as before:
+        assert not path.exists()
+        path.write_text("a host's form")
+        raise ZeroDivisionError("of the save")
+    assert path.read_bytes() == before == b"---\na: b: c\n---\n"
+    assert [each.name for each in tmp_path.iterdir()] == ["README.md"]
+    assert f"{path} is left as it is" in caplog.text

@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from support.reports import report_of, tensor_row
 
 from hf_sai.report.html import MAX_KINDS, colour_of
+from hf_sai.report.quantities import folded, theory
 from hf_sai.report.rows import RouteRow
 
 
@@ -48,7 +49,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.tables, self._cell, self.facts, self._in = [], {}, None, [], None
+        self.tags, self.tables, self._cell, self.facts, self._in, self.shown = [], {}, None, [], None, ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -67,6 +68,8 @@ class Page(html.parser.HTMLParser):
             self._cell = None
 
     def handle_data(self, data):
+        if self.tags and self.tags[-1][1].get("id") == "shown":
+            self.shown += data
         if self._in == "dt" and data.strip():
             self.facts.append((data, ""))
         if self._in == "dd" and data.strip():
@@ -81,15 +84,80 @@ class Page(html.parser.HTMLParser):
 def test_the_page_holds_every_tensor_by_value(small):
     rows = Page(small.to_html()).tables["tensors"]
     head, *body = [[cell.strip() for cell in row] for row in rows]
-    assert head == ["tensor", "scale", "g-SNR / sqrt(n)", "g-SNR", "learning rate", "layer", "shape", "step", "status"]
+    assert head == [
+        "tensor", "update / weight", "learning rate", "scale", "g-SNR / sqrt(n)", "g-SNR", "update (RMS)",
+        "weight (RMS)", "layer", "shape", "step", "status",
+    ]  # fmt: skip
+    empty, names = [""] * 7, [f"layers.{layer}.q.lora_B.weight" for layer in (0, 1)]
     assert body == [
-        ["layers.0.q.lora_A.weight", "", "", "", "", "0", "2x16", "", "pending"],
-        ["layers.1.q.lora_A.weight", "", "", "", "", "1", "2x16", "", "pending"],
-        ["layers.0.q.lora_B.weight", "5.657", "1.0000", "5.6569", "0.2828 to 0.5657", "0", "16x2", "1", "measured"],
-        ["layers.1.q.lora_B.weight", "8.485", "1.5000", "8.4853", "0.4243 to 0.8485", "1", "16x2", "1", "measured"],
-        [EVIL, "1", "1.0000", "1", "0.05 to 0.1", "", "scalar", "1", "fallback"],
-        ["norm.weight", "3.6", "1.2000", "3.6", "0.18 to 0.36", "", "9", "1", "given"],
+        ["layers.0.q.lora_A.weight", *empty, "0", "2x16", "", "pending"],
+        ["layers.1.q.lora_A.weight", *empty, "1", "2x16", "", "pending"],
+        [names[0], "", "0.2828 to 0.5657", "5.657", "1.0000", "5.6569", "", "", "0", "16x2", "1", "measured"],
+        [names[1], "", "0.4243 to 0.8485", "8.485", "1.5000", "8.4853", "", "", "1", "16x2", "1", "measured"],
+        [EVIL, "", "0.05 to 0.1", "1", "1.0000", "1", "", "", "", "scalar", "1", "fallback"],
+        ["norm.weight", "", "0.18 to 0.36", "3.6", "1.2000", "3.6", "", "", "", "9", "1", "given"],
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def moved():
+    """Of each B the update is known, of one what share of its weights; names that begin alike; a title."""
+    start = "base_model.model.model.layers"
+    rows = [tensor_row(f"{start}.0.q.lora_A.default.weight", 0, (2, 8), 0.0, "pending", kind="q.lora_A")]
+    for layer, weight in ((0, 0.0), (1, 0.5)):
+        row = tensor_row(f"{start}.{layer}.q.lora_B.default.weight", layer, (8, 2), 1.0, kind="q.lora_B")
+        rows.append(dataclasses.replace(row, gradient_norm=2.0 + layer, weight_rms=weight, factor=0.5))
+    rows.append(tensor_row("head.weight", None, (4, 4), 1.0))
+    run = {"model": "LlamaForCausalLM, user/base", "date": "2026-11-26", "repository": "user/run", "seed": 1}
+    return report_of(rows, run=run, schedule=[])
+
+
+def test_the_page_says_what_moved_how_far_from_what_on(moved):
+    """The learning rate is 0.4 (0.1 times sqrt(16)), so that B moves by 0.4 * norm / sqrt(16) in the mean."""
+    page = Page(moved.to_html())
+    assert [[row[0], row[1], row[2], row[6], row[7]] for row in page.tables["tensors"][1:]] == [
+        ["…\u20600.q.lora_A.default.weight", "", "", "", ""],
+        ["…\u20600.q.lora_B.default.weight", "from 0", "0.4", "0.2", ""],
+        ["…\u20601.q.lora_B.default.weight", "0.6", "0.4", "0.3", "0.5"],
+        ["head.weight", "", "0.4", "", ""],
     ]
+    cells = {each.get("class"): each.get("fill") for each in page.all("rect") if each.get("class")}
+    assert cells["pending"] is None
+    low, high = 0.2 / math.sqrt(4 / 1.5), 0.3 * math.sqrt(4 / 1.5)  # a factor of 1.5 is not blown up to all colours
+    fills = [each["fill"] for each in page.all("rect") if each.get("class") == "settled" and "fill" in each]
+    assert fills == [colour_of(0.2, (low, high)), colour_of(0.3, (low, high))]
+    text = moved.to_html()
+    for said in (
+        "How far the first step moves each module, by depth",
+        "Names begin with <b>base_model.model.model.layers.</b>",
+        '<p class="origin">LlamaForCausalLM, user/base, 2026-11-26, user/run</p>',
+        "1 / the norm of the gradient, or of the pair&#39;s first where that is larger, and for A 0.3 times that",
+    ):
+        assert said in text
+    assert "lora_policy=paired" not in dataclasses.replace(moved, tensors=moved.tensors[3:]).to_html()
+
+
+def test_text_and_markdown_say_it_too(moved):
+    lines = [" ".join(line.split()) for line in moved.to_text().splitlines()]
+    assert "LlamaForCausalLM, user/base, 2026-11-26, user/run" in lines
+    assert "q.lora_B 2 8x2 0.3 0.4 4 1" in lines  # the upper median
+    assert "q.lora_A 1 2x8 - - - pending" in lines
+    assert "| q.lora_B | 2 | 8x2 | 0.6 | 0.3 | 0.4 | 0.4 to 0.4 | 4 | 1.000 | 1 | measured |" in moved.to_markdown()
+    assert "| update / weight | 0.6 |" in moved.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (["model.layers.0.q.weight", "model.layers.1.q.weight", "lm_head.weight"], "model.layers."),
+        (["a.b.weight", "a.b.bias"], ""),  # too short to be worth it
+        (["transformer.h.0.q", "transformer.h.1.q", "transformer.wte.weight", "transformer.wpe"], "transformer.h."),
+        (["long_name_of_a_module"] * 3, ""),  # nothing would be left
+        ([], ""),
+    ],
+)
+def test_what_most_names_begin_with_is_folded(names, prefix):
+    assert folded(names) == prefix
 
 
 def test_page_and_markdown_say_the_same_facts_by_value(small, swan):
@@ -97,9 +165,9 @@ def test_page_and_markdown_say_the_same_facts_by_value(small, swan):
         "learning rate (peak)": "0.1",
         "weight decay": "0",
         "tensors": "2 measured, 1 given, 1 fallback, 2 pending",
+        "learning rate of a tensor": "0.05 to 0.8485",
         "scale": "1 to 8.485",
         "g-SNR / sqrt(numel)": "1 to 1.5",
-        "learning rate x scale": "0.05 to 0.8485",
         "optimizer state": "3 MB (AdamW: 6 MB)",
     }
     assert dict(Page(small.to_html()).facts) == expected
@@ -113,11 +181,17 @@ def test_page_and_markdown_say_the_same_facts_by_value(small, swan):
 
 @pytest.mark.parametrize(
     ("schedule", "note"),
-    [([0.5, 1.0], "times scale, from the lowest to the highest of the schedule."), ([], "times scale, at the peak.")],
+    [
+        (
+            [0.5, 1.0],
+            "the run&#39;s learning rate x scale. A range is from the lowest to the highest of the schedule.</li>",
+        ),
+        ([], "at the peak: the run&#39;s learning rate x scale.</li>"),
+    ],
 )
 def test_a_note_on_learning_rates_stands_where_there_are_scales(small, swan, schedule, note):
     assert note in dataclasses.replace(small, schedule=schedule).to_html()
-    assert "times scale" not in dataclasses.replace(swan, schedule=schedule).to_html()
+    assert "learning rate: what" not in dataclasses.replace(swan, schedule=schedule).to_html()
 
 
 def test_a_name_that_is_markup_stays_text_and_nothing_is_fetched(small):
@@ -156,15 +230,26 @@ def test_marks_stand_higher_the_larger_the_ratio(small):
     assert [each["class"] for each in marks] == ["measured", "measured", "fallback", "given"]
     heights = [float(each["cy"]) for each in marks]
     assert heights[1] < heights[3] < heights[0] == heights[2]
-    lines = [each for each in Page(small.to_html()).all("line") if float(each["y1"]) == heights[0]]
-    assert len(lines) == 1  # that of the ratio 1
+
+
+def test_theorys_line_is_at_the_ratio_of_a_gradient_of_zero_mean(small):
+    """A tensor of 9 elements whose g-SNR is sqrt(8) is on the line; one element has none, and its fallback is 1."""
+    assert [theory(numel) for numel in (0, 1, 2, 9)] == pytest.approx([1.0, 1.0, math.sqrt(0.5), math.sqrt(8) / 3])
+    rows = [tensor_row("norm.weight", None, (9,), math.sqrt(8) / 3), tensor_row("layers.0.q.weight", 0, (4, 4), 1.1)]
+    page = Page(report_of(rows).to_html())
+    mark = page.all("circle", **{"class": "measured"})[0]
+    places = page.all("path", id="theory")[0]["d"].split("M")[1:]
+    assert len(places) == 2
+    assert f" {mark['cy']}h" in places[0]
+    assert "sqrt((n - 1) / n): zero mean" in report_of(rows).to_html()
+    assert "The dark line" not in small.to_html()
 
 
 def test_history_is_one_line_with_its_marks(small):
     page = Page(small.to_html())
     assert len(page.all("polyline")) == 1
     marks = [each for each in page.all("circle") if not each.get("class")]
-    assert [float(each["cx"]) for each in marks] == [46.0, pytest.approx(277.3, abs=0.1), 740.0]
+    assert [float(each["cx"]) for each in marks] == [80.0, pytest.approx(293.3, abs=0.1), 720.0]
     assert Page(dataclasses.replace(small, history=[]).to_html()).all("polyline") == []
 
 
@@ -178,6 +263,8 @@ def test_swans_page_has_routes_and_no_scales(swan):
     assert [row[4].strip() for row in page.tables["routes"]] == ["share of the elements", "33%", "67%"]
     assert [each["class"] for each in page.all("rect") if each.get("class")] == ["whitened", "adam"]
     assert page.all("circle") == []
+    for sentence in ("is whitened as it is, without state", "updated by Adam, with two moments", "that are trained."):
+        assert sentence in swan.to_html()  # what the columns mean
     widths = [each["style"] for each in page.all("i") if each.get("class", "").startswith("bar")]
     assert widths[:2] == ["width: 37.50%", "width: 75.00%"]  # state against AdamW's: a half
 
@@ -191,6 +278,7 @@ def test_what_is_too_much_for_a_page_is_said(monkeypatch):
     rows = [tensor_row(f"layers.0.expert{i}.weight", 0, (4, 4), 1.0) for i in range(1001)]
     text = report_of(rows).to_html()
     assert len(Page(text).tables["tensors"]) == 101  # with the head
+    assert 'const prefix = "", most = 100;' in text
     assert "The first 100 of 1,001; gsnr_report.json has all." in text
     assert f"{1001 - MAX_KINDS} more kinds stand in the table only." in text
 
@@ -234,16 +322,52 @@ def test_2000_tensors_are_sorted_filtered_and_drawn_by_a_browser(tmp_path):
     scales = {row.name: row.scale for row in rows if row.status != "pending"}
     names = [row[0] for row in page.tables["tensors"][1:]]
     upwards = sorted(scales, key=scales.get)
-    assert names == [*upwards[::-1], "layers.7.kind_3.weight"]  # what is pending is last in both directions
+    downwards = [*upwards[::-1], "layers.7.kind_3.weight"]  # what is pending is last in both directions
+    assert names == [name for name in downwards if "kind_3." in name]
     assert page.all("body")[0]["data-ascending"].split() == [*upwards, "layers.7.kind_3.weight"]
-    assert [each.get("aria-sort") for each in page.all("th", scope="col")][:3] == [None, "descending", None]
-    body = [attributes for tag, attributes in page.tags if tag == "tr"][1:2001]
-    assert sum("hidden" not in each for each in body) == 100
+    assert [each.get("aria-sort") for each in page.all("th", scope="col")][:5] == [
+        None,
+        None,
+        None,
+        "descending",
+        None,
+    ]
+    assert "100 of 2000" in page.shown
     assert len(page.all("circle", **{"class": "measured"})) == 1999
     assert len([each for each in page.all("rect") if each.get("class") == "settled"]) == 1999
     assert len([each for each in page.all("rect") if each.get("class") == "pending"]) == 1
     assert "hidden" not in page.all("div", id="tip")[0]
-    assert page.all("circle")[0]["data-tip"].startswith(f"layers.0.kind_0.weight: scale {rows[0].scale:.4g}, ")
+    assert page.all("circle")[0]["data-tip"].startswith(
+        f"layers.0.kind_0.weight: learning rate {rows[0].learning_rate:.3g}, scale {rows[0].scale:.4g}, "
+    )
+
+
+@pytest.mark.slow
+@needs_browser
+def test_of_12000_tensors_those_that_are_looked_for_are_shown(tmp_path):
+    rows = [
+        tensor_row(
+            f"model.layers.{layer}.mlp.experts.{expert}.up.weight", layer, (4, 4), 1.0 + (60 * expert + layer) / 1e4
+        )
+        for layer in range(60)
+        for expert in range(200)
+    ]
+    click = """<script>
+    const button = [...document.querySelectorAll("th button")].find(each => each.textContent === "scale");
+    document.body.dataset.first = body.rows.length;
+    button.click();
+    button.click();
+    document.body.dataset.largest = body.rows[0].cells[0].textContent;
+    const box = document.getElementById("filter");
+    box.value = "MODEL.layers.59.mlp.experts.7";
+    box.dispatchEvent(new Event("input"));
+    </script></body>"""
+    page = Page(browse(tmp_path, report_of(rows).to_html().replace("</body>", click), "--dump-dom"))
+    looked_at = page.all("body")[0]
+    assert (looked_at["data-first"], looked_at["data-largest"]) == ("2000", "…\u206059.mlp.experts.199.up.weight")
+    names = [row[0].removeprefix("…\u2060") for row in page.tables["tensors"][1:]]
+    assert names == [f"59.mlp.experts.{expert}.up.weight" for expert in [*range(79, 69, -1), 7]]
+    assert page.tables["tensors"][-1][3] == f"{4 * (1.0 + (60 * 7 + 59) / 1e4):.4g}"
 
 
 @pytest.mark.slow

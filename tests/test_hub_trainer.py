@@ -11,17 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hub_server import connected, loopback_hub, online
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from support.hub import FOREVER, TOKEN, command_in
-from support.models import tiny_llama, tiny_lora, token_blocks
+from support.models import tiny_llama, tiny_lora, token_blocks, word_tokenizer
 from support.trainers import arguments, files_below, trainable
+from transformers import AutoModelForCausalLM, Trainer
+from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
-from hf_sai import GSNRReport, SaIConfig, SaITrainer
+from hf_sai import GSNRReport, SaIConfig, SaITrainer, make_trainer
 from hf_sai.cli import app
-from hf_sai.hub.card import BEGIN, END, is_generated
+from hf_sai.hub.card import BEGIN, END, is_generated, update_card
 from hf_sai.hub.push import PushError
+from hf_sai.upload import UploadError
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +292,177 @@ def test_another_rank_sends_nothing_and_waits_for_nobody(hub, tmp_path, monkeypa
     assert trainer.push_to_hub(token=TOKEN) is None
     assert len(hub.requests) == before
     assert ModelCard.load(tmp_path / "README.md").text.count(BEGIN) == 0  # PEFT's form, as `_save` left it
+
+
+BROKEN = {
+    "bad YAML": b"---\nlicense: mit: x\n---\n# mine\n",
+    "a list": b"---\n- a\n---\n# mine\n",
+    "Latin-1": b"# caf\xe9\n",
+    "old model-index": b"---\nmodel-index:\n- name: x\n  results:\n  - task:\n      type: t\n---\n",
+    "5 MB": b"x" * 5_000_000,
+}
+
+
+@pytest.mark.parametrize("make", [tiny_lora, tiny_llama], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_card_that_can_not_be_read_costs_no_training(hub, tmp_path, caplog, kind, make):
+    """PEFT reads the card of a folder that it saves to, and the host that of the run before it writes its own."""
+    (tmp_path / "README.md").write_bytes(BROKEN[kind])
+    repo = f"user/card-{kind}-{make.__name__}".replace(" ", "-")
+    trainer = trainer_of(tmp_path, make(), repo, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert trainer.push_to_hub() is not None
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "README.md").read_bytes() == BROKEN[kind]
+    assert f"{tmp_path / 'README.md'} is left as it is: a card m" in caplog.text
+    weights = "adapter_model.safetensors" if make is tiny_lora else "model.safetensors"
+    assert {weights, "gsnr_report.json", "gsnr_report.png"} <= set(hub.repos[repo].tree())
+    assert "README.md" not in hub.repos[repo].tree()
+    assert not [path for path in files_below(tmp_path) if path.name == "_README.md"]
+
+
+@pytest.mark.parametrize("name", ["update_card", "generate"])
+def test_an_error_on_the_way_brings_a_persons_card_back(tmp_path, monkeypatch, caplog, name):
+    """Ours is a warning; the host's is the host's."""
+    (tmp_path / "README.md").write_bytes(mine := b"---\r\nlanguage: no\r\n---\r\n# mine\r\n")
+    trainer = trainer_of(tmp_path, tiny_llama(), None, push_to_hub=False, max_steps=1)
+    trainer.train()
+
+    def fails(path="", *args, **kwargs):
+        (tmp_path / "README.md").write_text("half a card")
+        raise OSError("a full disk")
+
+    if name == "update_card":
+        monkeypatch.setattr("hf_sai.trainer.update_card", fails)
+        trainer.create_model_card()
+        assert "README.md could not be written; the model is not concerned." in caplog.text
+    else:
+        monkeypatch.setattr(Trainer, "create_model_card", fails)
+        with pytest.raises(OSError, match="a full disk"):
+            trainer.create_model_card()
+    assert (tmp_path / "README.md").read_bytes() == mine
+
+
+class _Anew(Trainer):
+    """As sentence-transformers' trainer does: every save writes the card anew."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        text = f"---\nlibrary_name: st\n---\n\n# A model\n\n- `learning_rate`: {self.args.learning_rate}\n"
+        Path(output_dir or self.args.output_dir, "README.md").write_text(text)
+
+
+def test_a_trainer_that_writes_the_card_with_every_save_keeps_it_up_to_date(tmp_path):
+    cls = make_trainer(_Anew)
+    for rate in (0.001, 0.002):
+        trainer = cls(tiny_llama(), arguments(tmp_path, learning_rate=rate, max_steps=1), train_dataset=token_blocks())
+        trainer.train()
+        trainer.save_model()
+        content = (tmp_path / "README.md").read_text()
+        assert f"- `learning_rate`: {rate}\n" in content
+        assert f"| learning rate (peak) | {rate:g} |" in content
+        assert content.count(BEGIN) == 1
+        assert is_generated(content)
+    (tmp_path / "README.md").write_text(content.replace("# A model", "# A model of mine"))
+    trainer.save_model()
+    assert "# A model of mine" in (tmp_path / "README.md").read_text()
+
+
+def local_model(folder, make=tiny_llama):
+    """A model that was saved in a folder and loaded from there, as its configuration says."""
+    make().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert str(folder) == model.config._name_or_path
+    return model
+
+
+@pytest.fixture
+def secret(tmp_path):
+    return tmp_path / "alice secret" / "base"
+
+
+def trainers(secret, tmp_path):
+    """Trainers of hosts whose cards name their model, their data or their options; each of a local folder."""
+    ours = {"learning_rate": 0.05, "max_steps": 1, "bf16": False, "gradient_checkpointing": False}
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = Dataset.from_list([{"input_ids": list(range(8)), "labels": list(range(8))}] * 8)
+    yield "full", lambda out: SaITrainer(local_model(secret), arguments(out, **ours), train_dataset=rows)
+    model = lambda: get_peft_model(local_model(secret), adapter)  # noqa: E731
+    yield "peft", lambda out: SaITrainer(model(), arguments(out, **ours), train_dataset=rows)
+    config = lambda out: arguments(out, SFTConfig, **ours, dataset_text_field="text")  # noqa: E731
+    texts = Dataset.from_list([{"text": "a b c"}] * 8)
+    sft = make_trainer(SFTTrainer)
+    options = {"train_dataset": texts, "processing_class": word_tokenizer()}
+    yield "sft", lambda out: sft(local_model(secret), config(out), **options)
+    yield "sft of peft", lambda out: sft(local_model(secret), config(out), peft_config=adapter, **options)
+
+
+@pytest.mark.parametrize("name", ["full", "peft", "sft", "sft of peft"])
+def test_no_path_and_nothing_untrue_in_a_hosts_card(tmp_path, secret, name):
+    out = tmp_path / "out"
+    trainer = dict(trainers(secret, tmp_path))[name](out)
+    trainer.train()
+    trainer.save_model()
+    trainer.gsnr_callback.report.save(secret)
+    trainer.args.optim_args = f"gsnr={secret}"
+    extra = {"dataset_name": str(secret / "data")} if "sft" in name else {"dataset_tags": str(secret / "data")}
+    trainer.create_model_card(**extra)
+    texts = [
+        path for path in files_below(out) if path.suffix in (".md", ".json") and "adapter_config" not in path.name
+    ]
+    told = [line for path in texts if "config" not in path.name for line in path.read_text().splitlines()]
+    assert [line for line in told if "alice" in line] == []
+    content = (out / "README.md").read_text()
+    assert "the None dataset" not in content
+    assert "Use OptimizerNames" not in content
+    assert "a local model" in content or "fine-tuned version of" not in content
+    if "sft" not in name:
+        assert "- optimizer: sgd_sai of hf_sai with momentum=0.9, eps=1e-08, normalize=none" in content
+    assert is_generated(content)
+    assert content.count(BEGIN) == 1
+
+
+def test_data_without_a_name_is_called_so(tmp_path):
+    rows = Dataset.from_list([{"input_ids": list(range(8)), "labels": list(range(8))}] * 8)
+    args = arguments(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer = SaITrainer(tiny_llama(), args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    trainer.create_model_card(tasks="text-generation")
+    content = (tmp_path / "README.md").read_text()
+    assert "This model is a fine-tuned version of a local model on an unnamed dataset." in content
+
+
+def test_no_path_in_a_card_of_diffusers(hub, tmp_path):
+    from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+
+    base = str(tmp_path / "alice" / "base")
+    words = f"These are LoRA adaption weights for {base}. The weights were fine-tuned on the {base}-data dataset."
+    card = load_or_create_model_card(
+        "user/no-such-model",
+        from_training=True,
+        license="mit",
+        base_model=base,
+        model_description=words,
+        inference=True,
+    )
+    populate_model_card(card, tags=["lora", f"base_model:adapter:{base}"]).save(tmp_path / "README.md")
+    trainer = trainer_of(tmp_path / "out", tiny_llama(), None, push_to_hub=False, max_steps=1)
+    trainer.train()
+    update_card(tmp_path / "README.md", trainer.gsnr_callback.report)
+    content = (tmp_path / "README.md").read_text()
+    assert "alice" not in content
+    assert (
+        "These are LoRA adaption weights for a local model. The weights were fine-tuned on a local dataset." in content
+    )
+    assert ModelCard(content).data.tags[0] == "lora"
+
+
+@pytest.mark.parametrize("token", ["", " ", "two words"])
+def test_a_token_that_can_be_none_is_said_before_a_training(hub, tmp_path, token):
+    with pytest.raises(UploadError, match="a token must be"):
+        trainer_of(tmp_path, tiny_llama(), "user/odd", hub_token=token)
 
 
 SCRIPT = """

@@ -29,6 +29,7 @@ FLOORS = {
     "hf_sai.report.schema": 2.1,
     "hf_sai.report.rows": 2.15,
     "hf_sai.report.data": 2.2,
+    "hf_sai.report.quantities": 2.25,
     "hf_sai.report.compare": 2.3,
     "hf_sai.report.facts": 2.3,
     "hf_sai.report.html": 2.4,

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import random
 import shlex
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hub_server import STAGES, connected, loopback_hub, online, wait_until
+from huggingface_hub.errors import HfHubHTTPError
 from support.hub import FOREVER, OTHER_TOKEN, TOKEN, command_in
 from typer.testing import CliRunner
 
 from hf_sai.cli import app
 from hf_sai.hub.push import Destination, HostPushes, Push, PushError, TokenInFileError, push_folder
-from hf_sai.upload import LONGEST_WAIT, UploadError, refuse_tokens, within
+from hf_sai.upload import LONGEST_WAIT, UploadError, is_transient, refuse_tokens, within, without_tokens
 
 
 CARD = "---\nlicense: mit\n---\n\n# A card\n"
@@ -218,8 +222,11 @@ def test_large_weights_are_not_read_for_tokens(tmp_path, monkeypatch, name):
 
 
 def test_what_can_not_be_pushed_is_one_sentence(hub, tmp_path):
-    with pytest.raises(PushError, match=r"a push needs a folder, but .*none; pass the run's output_dir"):
-        push_folder(tmp_path / "none", "user/run", token=TOKEN)
+    for name, kind in (("nowhere", "not there"), ("file", "a file")):
+        (tmp_path / "file").write_text("x")
+        told = rf"^a push needs a folder, but \S*{name}, which is {kind}, is none; pass the run's output_dir$"
+        with pytest.raises(PushError, match=told):
+            push_folder(tmp_path / name, "user/run", token=TOKEN)
     (tmp_path / "empty").mkdir()
     with pytest.raises(PushError, match=r"a push needs files, but .* holds none"):
         push_folder(tmp_path / "empty", "user/run", token=TOKEN)
@@ -329,12 +336,13 @@ def test_dry_run_lists_and_sends_nothing(hub, tmp_path):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--strict"], 1)])
-def test_the_command_line_fails_where_it_is_asked_to(hub, folder, flags, code, caplog):
+@pytest.mark.parametrize("flags", [[], ["--strict"]])
+def test_the_command_line_fails_where_nothing_was_pushed(hub, folder, flags, caplog):
     hub.fail("commit", 403, FOREVER)
     with caplog.at_level(logging.WARNING, logger="hf_sai"):
         result = CliRunner().invoke(app, ["push", str(folder), "user/run", "--token", TOKEN, *flags])
-    assert result.exit_code == code
+    assert result.exit_code == 1
+    assert "take a token that may write there" in result.output
     said = result.output + caplog.text
     assert command_in(said) == ["push", str(folder), "user/run"]
     assert TOKEN not in said
@@ -356,3 +364,180 @@ def test_the_command_as_a_process(folder, tmp_path):
     assert TOKEN.encode() not in hub.recorded()
     assert not [path for path in Path(tmp_path).rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert os.environ.get("HF_TOKEN") is None
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\n", "\t{}\t"])
+def test_blanks_around_a_token_are_taken_off(hub, folder, around):
+    push_folder(folder, "user/run", token=around.format(OTHER_TOKEN))
+    assert {headers.get("authorization") for _, path, headers, _ in hub.requests if path.startswith("/api")} == {
+        f"Bearer {OTHER_TOKEN}"
+    }
+
+
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("my odd secret", "has blanks or other signs in it"),
+        ("my\x00secret", "has blanks"),
+        ("Bearer my-secret", "has blanks"),
+        ("my-s\u00e9cret", "other signs"),
+        ("my-secret\u2026", "other signs"),
+        (b"my-secret", "is a bytes"),
+        (12345, "is a int"),
+    ],
+)
+def test_a_token_that_can_be_none_is_an_error_at_once(hub, folder, sleeps, caplog, token, told):
+    with pytest.raises(PushError, match=f"a token must be .* but the one given .*{told}.*settings/tokens") as raised:
+        push_folder(folder, "user/run", token=token)
+    said = str(raised.value) + caplog.text
+    assert "secret" not in said
+    assert "s\u00e9cret" not in said
+    assert "hf-sai push" not in said  # the same again would end the same
+    assert (hub.requests, sleeps) == ([], [])
+    assert push_folder(folder, "user/run", token=token, strict=False) is None
+
+
+@pytest.mark.parametrize("token", ["two words", "s\u00e9cret"])
+def test_a_token_of_the_environment_is_looked_at_too(hub, folder, monkeypatch, sleeps, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PushError, match="a token must be one word of ASCII") as raised:
+        push_folder(folder, "user/run")
+    assert token not in str(raised.value)
+    assert (hub.requests, sleeps) == ([], [])
+    push_folder(folder, "user/run", token=OTHER_TOKEN)
+
+
+@pytest.mark.parametrize("shown", ["{}", "b'Bearer {}\\\\n'", "https://user:{}@host/", "token={}&x"])
+@pytest.mark.parametrize("secret", [OTHER_TOKEN, "odd/token+of=signs%", 'with"quotes\\and', "hf_x"])
+def test_a_token_is_masked_in_each_form_and_blanks_never(secret, shown):
+    for form in {secret, quote(secret, safe=""), repr(secret)[1:-1]}:
+        text = f"it failed: {shown.format(form)} at all"
+        assert without_tokens(text, {secret + "\n", "", " "}) == text.replace(form, "<TOKEN>")
+    assert without_tokens("an x of hf_xet", {"x", "hf_x", ""}) == "an <TOKEN> of hf_xet"
+
+
+@pytest.mark.parametrize(
+    ("kind", "again"),
+    [
+        ("LocalProtocolError", False),
+        ("UnsupportedProtocol", False),
+        ("TooManyRedirects", False),
+        ("ConnectError", True),
+        ("ReadTimeout", True),
+        ("RemoteProtocolError", True),
+    ],
+)
+def test_what_can_never_pass_is_not_tried_again(hub, folder, sleeps, monkeypatch, kind, again):
+    """Errors of the client itself, before or without an answer."""
+    library = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+    error = getattr(library, kind)("no way")
+    assert is_transient(error) == again
+    wrapped = RuntimeError("of the client")
+    wrapped.__cause__ = error
+    assert is_transient(wrapped) == again
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("hf_sai.upload.HfApi.model_info", fails)
+    with pytest.raises(PushError, match=kind):
+        push_folder(folder, "user/run", token=TOKEN)
+    assert len(sleeps) == (3 if again else 0)
+
+
+def test_a_certificate_that_is_none_is_not_tried_again():
+    library = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+    error = library.ConnectError("failed")
+    error.__cause__ = RuntimeError("of the layer below")
+    error.__cause__.__context__ = ssl.SSLCertVerificationError("self-signed")
+    assert not is_transient(error)
+
+
+@pytest.mark.parametrize(("stage", "status"), [("info", 401), ("create", 403), ("create", 404), ("commit", 400)])
+def test_an_answer_that_stays_is_asked_for_once(hub, folder, sleeps, stage, status):
+    hub.fail(stage, status, FOREVER)
+    with pytest.raises(PushError, match=f"{status}"):
+        push_folder(folder, "user/run", token=TOKEN)
+    assert sleeps == []
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "", "user/", "/run", "user/a b", "user/x.git", "-x", "user/a..b"])
+def test_a_name_that_can_be_none_is_an_error_at_once(hub, folder, name):
+    with pytest.raises(PushError, match="a repository is user/name, but the one given is") as raised:
+        push_folder(folder, name, token=TOKEN)
+    assert "hf-sai push" not in str(raised.value)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("header", ["base_model: /a/b/c", "base_model: [a/b, 5 a b]", "x: 1"])
+def test_a_card_that_the_hub_refuses_keeps_nothing_else_back(hub, folder, caplog, header):
+    (folder / "README.md").write_text(f"---\n{header}\n---\n# mine\n")
+    if header == "x: 1":  # for a reason that only the Hub knows
+        hub.fail("validate", 400, FOREVER)
+    assert push_folder(folder, "user/run", token=TOKEN) is not None
+    assert sorted(hub.repos["user/run"].tree()) == [name for name in PUSHED if name != "README.md"]
+    assert "README.md is not pushed to user/run, the other files are: the Hub refuses it (" in caplog.text
+    for name in PUSHED[2:]:
+        (folder / name).unlink()
+    with pytest.raises(PushError, match=r"README\.md, which can't be pushed, is all that there is"):
+        push_folder(folder, "user/run", token=TOKEN)
+
+
+def invoked(*words):
+    return CliRunner().invoke(app, ["push", *map(str, words)])
+
+
+def test_a_dry_run_checks_what_a_push_would_check(hub, tmp_path, caplog):
+    """Errors end with 1; what is only odd is a warning, and with --strict an error before anything is sent."""
+    folder = make_folder(tmp_path / "out")
+    good = ["--token", TOKEN, "--dry-run"]
+    assert (invoked(folder, "user/run", *good).exit_code, caplog.text) == (0, "")
+    assert invoked(folder, "user/run", *good, "--strict").exit_code == 0
+    wrong = {
+        "not there": (tmp_path / "typo", "user/run", *good),
+        "a/b/c": (folder, "a/b/c", *good),
+        "is empty": (folder, "user/run", "--dry-run", "--token", ""),
+        "goes against main": (folder, "user/run", *good, "--create-pr", "--revision", "v1"),
+    }
+    for told, words in wrong.items():
+        result = invoked(*words)
+        assert (result.exit_code, told in result.output) == (1, True), told
+    (folder / "notes.txt").write_text(TOKEN)
+    result = invoked(folder, "user/run", *good)
+    assert result.exit_code == 1
+    assert "notes.txt does" in result.output
+    assert TOKEN not in result.output
+    assert hub.requests == []
+
+
+ODD_FOLDERS = {
+    "holds neither a model nor a report": {"a.txt": b"a"},
+    "README.md is left out of a push": {"config.json": b"{}", "README.md": b"---\na: b: c\n---\n"},
+    "must be UTF-8, but line 2 holds the byte 0xe9": {"model.safetensors": b"", "README.md": b"# x\ncaf\xe9"},
+}
+
+
+@pytest.mark.parametrize("told", ODD_FOLDERS)
+def test_what_is_odd_is_said_and_strict_ends_there(hub, tmp_path, caplog, told):
+    for name, content in ODD_FOLDERS[told].items():
+        (tmp_path / name).write_bytes(content)
+    assert invoked(tmp_path, "user/run", "--token", TOKEN, "--dry-run").exit_code == 0
+    assert told in caplog.text
+    assert invoked(tmp_path, "user/run", "--token", TOKEN, "--strict").exit_code == 1
+    assert hub.requests == []
+    assert invoked(tmp_path, "user/run", "--token", TOKEN).exit_code == 0
+    assert set(hub.repos["user/run"].tree()) == {".gitattributes", *ODD_FOLDERS[told]} - {"README.md"}
+
+
+def test_a_dry_run_without_token_or_hub_says_so(folder, caplog, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert invoked(folder, "user/run", "--dry-run").exit_code == 0
+    assert "a push needs a token, but there is none; run hf auth login, or set HF_TOKEN" in caplog.text
+    assert "HF_HUB_OFFLINE is set; unset it" in caplog.text
+    result = invoked(folder, "user/run", "--token", TOKEN)
+    assert result.exit_code == 1
+    assert "offline mode is enabled" in result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 
@@ -80,7 +81,7 @@ def test_state_bytes_of_any_optimizer():
 def test_json_round_trip_is_exact(report, tmp_path):
     path = report.save(tmp_path)
     assert GSNRReport.load(path) == GSNRReport.load(tmp_path) == report
-    assert json.loads(path.read_text())["schema"] == 2
+    assert json.loads(path.read_text())["schema"] == 3
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gsnr_report.json", "gsnr_report.png"]
 
 
@@ -116,9 +117,9 @@ def change(content, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema"], 3, "schema must be 1 or 2 but is 3"),
-        (["schema"], KeyError, "schema must be 1 or 2 but is None"),
-        (["schema"], True, "schema must be 1 or 2 but is True"),
+        (["schema"], 4, "schema must be 1 or 2 or 3 but is 4"),
+        (["schema"], KeyError, "schema must be 1 or 2 or 3 but is None"),
+        (["schema"], True, "schema must be 1 or 2 or 3 but is True"),
         (["tensors"], None, "tensors of a g-SNR report must be a list"),
         (["tensors"], KeyError, "tensors of a g-SNR report must be a list"),
         (["tensors", 0], "x", r"tensors\[0\] of a g-SNR report must be a dict"),
@@ -159,13 +160,18 @@ def test_other_optimizers_have_no_report():
 def test_markdown_is_a_table_by_kind_and_by_layer(report):
     lines = dataclasses.replace(report, schedule=[0.5, 1.0]).to_markdown().splitlines()
     first, second = report.tensors[:2]
-    head = "| tensors | shape | scale | g-SNR / sqrt(numel) | learning rate | step | status |"
+    head = (
+        "| tensors | shape | update / weight | update (RMS) | learning rate | over the schedule | scale "
+        "| g-SNR / sqrt(numel) | step | status |"
+    )
     place = lines.index(f"| kind {head}")
     low, high = sorted((first.learning_rate, second.learning_rate))
     middle = max((first, second), key=lambda row: row.scale)
-    cells = f"{middle.scale:.4g} | {middle.gsnr_over_sqrt_numel:.3f} | {low / 2:.3g} to {high:.3g} | 1 | measured |"
+    update = max(row.learning_rate * row.gradient_norm for row in (first, second)) / math.sqrt(24)  # weights are 1
+    cells = f"{update:.3g} | {update:.3g} | {high:.3g} | {low / 2:.3g} to {high:.3g} | "
+    cells += f"{middle.scale:.4g} | {middle.gsnr_over_sqrt_numel:.3f} | 1 | measured |"
     assert lines[place + 2] == f"| q | 2 | 4x6 | {cells}"
-    assert lines[place + 4] == "| late | 1 | 3 |  |  |  |  | pending |"
+    assert lines[place + 4] == "| late | 1 | 3 |  |  |  |  |  |  |  | pending |"
     place = lines.index(f"| layer {head}")
     assert [line.split(" | ")[0] for line in lines[place + 2 : place + 5]] == ["| none", "| 0", "| 1"]
     assert "| optimizer state | 208 bytes (AdamW: 416 bytes) |" in lines
@@ -227,27 +233,46 @@ def drawn(report):
         png = plots.report_png(report)
     finally:
         Figure.savefig = original
-    left, right = figures[0].axes[:2]
+    left, middle, right = figures[0].axes[:3]
     cells = [patch for patch in left.patches if isinstance(patch, Rectangle)]
-    return png, figures[0], left, right, cells
+    return png, figures[0], left, middle, right, cells
 
 
 def test_picture_marks_pending_and_fallback_and_names_the_kinds(report):
-    png, figure, left, right, cells = drawn(report)
+    png, figure, left, middle, right, cells = drawn(report)
     assert png[:4] == b"\x89PNG"
     assert len(cells) == 4
     assert [label.get_text() for label in left.get_yticklabels()] == ["q", "logit_scale", "late"]
     assert sum(bool(cell.get_hatch()) for cell in cells) == 1
     assert sum(cell.get_linewidth() == 2 for cell in cells) == 1
     assert "pending" in [text.get_text() for text in left.texts]
+    moved = [f"{row.moved:.2g}" for row in report.tensors[:3]]
+    assert [text.get_text() for text in left.texts] == [*moved, "pending"]
     legend = [text.get_text() for text in right.get_legend().get_texts()]
-    assert legend[0] == "measured: 2"
-    assert legend[1].startswith("fallback, no deviation: 1")
-    assert legend[2].startswith("pending, no gradient yet: 1")
-    assert "of 4 tensors (g-SNR): 2 measured, 1 fallback, 1 pending" in figure.get_suptitle()
-    measured = next(c for c in right.collections if len(c.get_offsets()) == 2)
-    expected = [(math.sqrt(24), row.scale) for row in report.tensors[:2]]
-    assert [tuple(point) for point in measured.get_offsets().tolist()] == [pytest.approx(point) for point in expected]
+    assert legend == [
+        "measured: 2",
+        "fallback, no deviation: 1",
+        "pending, no gradient yet: 1",
+        "sqrt(n - 1): a gradient of zero mean",
+    ]
+    assert figure.get_suptitle().startswith(
+        "sgd_sai\n4 tensors: 2 measured, 1 fallback, 1 pending  |  learning rate 0.2"
+    )
+    first, second, scalar = report.tensors[:3]
+    points = [
+        [tuple(point) for each in axes.collections for point in each.get_offsets().tolist()]
+        for axes in (middle, right)
+    ]
+    assert points[0] == [
+        pytest.approx(point)
+        for point in ((first.learning_rate, 0), (second.learning_rate, 0), (scalar.learning_rate, 1))
+    ]
+    expected = [(math.sqrt(24), first.scale), (math.sqrt(24), second.scale), (1.0, scalar.scale)]
+    assert points[1][:3] == [pytest.approx(point) for point in expected]
+    (line,) = right.lines
+    largest = max(first.gsnr, second.gsnr)  # it divides the scales
+    expected = [(math.sqrt(3), math.sqrt(2) / largest), (math.sqrt(24), math.sqrt(23) / largest)]
+    assert [tuple(point) for point in line.get_xydata().tolist()] == [pytest.approx(point) for point in expected]
 
 
 def test_picture_of_nothing_measured_yet():
@@ -256,6 +281,49 @@ def test_picture_of_nothing_measured_yet():
     assert png[:4] == b"\x89PNG"
     assert "1 pending" in figure.get_suptitle()
     assert [bool(cell.get_hatch()) for cell in cells] == [True]
+
+
+def test_names_fonts_and_a_foreign_matplotlibrc_do_not_cost_the_picture(report):
+    """The picture is the same whatever a matplotlibrc says; a name of 300 letters leaves it its size."""
+    import matplotlib
+    from matplotlib.image import imread
+
+    from hf_sai.report.plots import diff_png, history_png, report_png
+
+    odd = ["x" * 300, "$a_{b$", "图层.重み", r"\frac{1}{2}"]
+    rows = [dataclasses.replace(report.tensors[0], kind=kind, name=f"{kind}.weight") for kind in odd]
+    history = [{"step": step, "gsnr": {row.name: row.gsnr * step for row in rows}} for step in (1, 2)]
+    named = dataclasses.replace(report, tensors=rows, history=history, run={"model": "图" * 300})
+    draw = [lambda: report_png(named), lambda: history_png(named), lambda: diff_png(named.diff(named))]
+    plain = [each() for each in draw]
+    foreign = {
+        "text.usetex": True,
+        "font.family": "No Such Font",
+        "savefig.dpi": 17,
+        "savefig.format": "pdf",
+        "axes.facecolor": "black",
+        "figure.autolayout": True,
+    }
+    with matplotlib.rc_context(foreign):
+        assert [each() for each in draw] == plain
+        assert matplotlib.rcParams["savefig.dpi"] == 17
+    (height, width, _) = imread(io.BytesIO(plain[0])).shape
+    assert (width, height) == (1500, 480)
+    labels = [label.get_text() for label in named.plot().axes[0].get_yticklabels()]
+    assert labels == ["..." + "x" * 37, *odd[1:]]
+
+
+def test_the_map_shows_the_share_of_the_weights_or_the_update_or_the_scale(report):
+    """The update where a matrix starts at zero, as LoRA's B do; the scale where an older report knows no norm."""
+    first = report.tensors[0]
+    vector = dataclasses.replace(report.tensors[3], status="measured", gsnr=1.7, scale=0.4, gradient_norm=1.0)
+    for changed, title in (
+        ([first, dataclasses.replace(vector, weight_rms=0.0)], "RMS of update / weight"),
+        ([first, dataclasses.replace(first, weight_rms=0.0)], "RMS of update"),
+        ([dataclasses.replace(first, gradient_norm=0.0)], "scale"),
+    ):
+        axes = dataclasses.replace(report, tensors=changed).plot().axes[0]
+        assert axes.get_title(loc="left").endswith(title)
 
 
 # ---- SWAN ----
@@ -369,7 +437,7 @@ def test_a_third_optimizers_report_is_whole_in_every_medium(plain_report, tmp_pa
     assert "Group by module and depth" in page
     assert "<h2>Groups</h2>" in page
     figure = plain_report.plot()
-    assert figure.get_suptitle().startswith("3 in 2 groups  |  state 204 bytes, AdamW's 408 bytes")
+    assert figure.get_suptitle() == "plain\n3 in 2 groups  |  state 204 bytes, AdamW's 408 bytes"
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([100 * 48 / 51, 100 * 3 / 51])
     for shown in (text, markdown, page, figure.get_suptitle()):
         assert not any(word in shown for word in ("SWAN", "SGD-SaI", "whitened (", "Adam,", "to Adam"))

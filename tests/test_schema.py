@@ -18,9 +18,10 @@ from hf_sai.report import ReportError, schema, thinned
 from hf_sai.report.rows import TensorRow
 
 
+NEW_IN_3 = ("factor", "gradient_norm", "weight_rms")
 ROW_FIELDS = {
     **dict.fromkeys(("name", "kind", "status", "route", "reason"), "text"),
-    **dict.fromkeys(("gsnr", "gsnr_over_sqrt_numel", "scale", "learning_rate"), "number"),
+    **dict.fromkeys((*NEW_IN_3, "gsnr", "gsnr_over_sqrt_numel", "scale", "learning_rate"), "number"),
     **dict.fromkeys(("layer", "numel", "step"), "whole"),
     "shape": "list",
 }
@@ -116,8 +117,8 @@ def huge_number_where_anything_may_stand(rng, text):
 
 def unknown_schema(rng, text):
     content = json.loads(text)
-    content["schema"] = rng.choice([0, -1, 3, 99, "1", 1.0, None, True, [1], {}])
-    return json.dumps(content).encode(), "schema must be 1 or 2 but is "
+    content["schema"] = rng.choice([0, -1, 4, 99, "1", 1.0, None, True, [1], {}])
+    return json.dumps(content).encode(), "schema must be 1 or 2 or 3 but is "
 
 
 def missing_field(rng, text):
@@ -302,15 +303,30 @@ def test_a_long_history_is_thinned_and_keeps_its_end():
     assert [entry["step"] for entry in thinned(history)] == list(range(2, 203, 2))
 
 
-def test_a_file_of_schema_1_is_read_with_an_unknown_schedule(texts):
-    content = json.loads(texts[0])
-    expected = dataclasses.replace(GSNRReport.from_json(texts[0]), schedule=[])
-    content["schema"] = 1
-    del content["schedule"]
-    assert GSNRReport.from_json(json.dumps(content)) == expected
-    content["schedule"] = [0.5, 1.0]  # which schema 1 did not have
-    with pytest.raises(ReportError, match=r"unknown: \['schedule'\]"):
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_file_of_an_older_schema_is_read_without_what_it_did_not_know(schema, texts):
+    content, report = json.loads(texts[0]), GSNRReport.from_json(texts[0])
+    rows = [dataclasses.replace(row, factor=1.0, gradient_norm=0.0, weight_rms=0.0) for row in report.tensors]
+    expected = dataclasses.replace(report, tensors=rows, schedule=report.schedule if schema == 2 else [])
+    content["schema"] = schema
+    for row in content["tensors"]:
+        for name in NEW_IN_3:
+            del row[name]
+    if schema == 1:
+        del content["schedule"]
+    read = GSNRReport.from_json(json.dumps(content))
+    assert read == expected
+    assert [row.update_rms for row in read.tensors] == [None] * len(rows)
+    assert all((read.to_html(), read.to_text(), read.to_markdown()))
+    content["tensors"][1]["weight_rms"] = 1.0  # which they did not have
+    with pytest.raises(
+        ReportError, match=rf"tensors\[1\] of a g-SNR report of schema {schema} .*unknown: \['weight_rms'"
+    ):
         GSNRReport.from_json(json.dumps(content))
+    if schema == 1:
+        content["schedule"] = [0.5, 1.0]
+        with pytest.raises(ReportError, match=r"unknown: \['schedule'\]"):
+            GSNRReport.from_json(json.dumps(content))
 
 
 def test_the_range_of_learning_rates_is_that_of_tensors_and_schedule(texts):

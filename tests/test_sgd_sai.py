@@ -463,6 +463,7 @@ def test_low_precision_parameters_are_updated_in_float32_and_rounded_once(dtype)
     expected = param.detach().clone()
     optimizer = SGDSaI([param], lr=0.01, weight_decay=0.1)
     buffer = None  # m + 0.1 / scale * p
+    kept = torch.float32 if dtype == torch.float16 else dtype  # float16 would lose small gradients
     for _ in range(4):
         gradient = (torch.randn(200) * 0.1).to(dtype)
         param.grad = gradient
@@ -472,12 +473,12 @@ def test_low_precision_parameters_are_updated_in_float32_and_rounded_once(dtype)
         average = gradient.float() + pull
         if buffer is not None:
             average = buffer.float() * (0.9 * (1 - 0.001)) + (1 - 0.9) * average
-        buffer = average.to(dtype)
+        buffer = average.to(kept)
         expected = (expected.float() - 0.01 * scale * average).to(dtype)
         # One unit in the last place: the float32 sums may be made in another order.
         assert (param.detach() != expected).float().mean() < 0.01
         torch.testing.assert_close(param.detach(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert optimizer.state[param]["momentum_buffer"].dtype == dtype
+    assert optimizer.state[param]["momentum_buffer"].dtype == kept
 
 
 # ---- State ----
@@ -742,3 +743,33 @@ def test_complex_parameter_is_refused():
     param.grad = torch.randn_like(param)
     with pytest.raises(RuntimeError, match=r"needs real parameters but wave is torch\.complex64"):
         optimizer.step()
+
+
+# ---- what is kept for the report ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_gradients_norm_and_the_weights_before_it_are_kept(dtype):
+    """By value, once: what comes later changes neither, and nothing is measured in later steps."""
+    param = torch.nn.Parameter(torch.tensor([3.0, -4.0, 0.0, 0.0], dtype=dtype))  # RMS 2.5
+    late = torch.nn.Parameter(torch.full((2, 2), -2.0, dtype=dtype))
+    optimizer = SGDSaI([("w", param), ("late", late)], lr=0.25)
+    for step, gradient in enumerate(([2.0, 4.0, -5.0, 6.0], [1.0, 1.0, 2.0, 0.0])):
+        param.grad = torch.tensor(gradient, dtype=dtype)
+        late.grad = torch.tensor([[8.0, -1.0], [4.0, 0.0]], dtype=dtype) * step
+        optimizer.step()
+    kept = [(row.gradient_norm, row.weight_rms, row.factor) for row in optimizer.gsnr_statistics()]
+    assert kept == [(9.0, 2.5, 1.0), (9.0, pytest.approx(2.0, rel=0.02), 1.0)]  # decay moved the second a little
+    assert all(type(value) is float for row in kept for value in row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_sai.optim.scales.gradient_moments", lambda tensors: [] if not tensors else 1 / 0)
+        optimizer.step()
+
+
+def test_weights_that_are_not_finite_have_no_size():
+    param = torch.nn.Parameter(torch.tensor([1.0, math.inf]))
+    optimizer = SGDSaI([("w", param)], lr=0.0)
+    param.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    (row,) = optimizer.gsnr_statistics()
+    assert (row.gradient_norm, row.weight_rms) == (5.0, 0.0)

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import math
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from support.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_lora, tiny_mi
 from support.processes import peak_allocated
 
 import hf_sai
-from hf_sai.optim import SWAN, swan
+from hf_sai.optim import SWAN, SGDSaI, swan
 from hf_sai.optim.swan import BYTES_PER_ELEMENT
 
 
@@ -447,3 +448,19 @@ def test_flags_of_an_accelerator_are_read_in_the_next_step(monkeypatch, caplog):
         optimizer.step()
     (message,) = [record.getMessage() for record in caplog.records if record.name == swan.__name__]
     assert message.startswith("The gradient of second has inf or NaN")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [SWAN, SGDSaI])
+def test_a_compiled_step_warns_of_nothing(cls):
+    """But for what torch itself uses on the way."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = cls(model.parameters(), lr=1e-3)
+    step = torch.compile(optimizer.step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        for _ in range(3):
+            model(torch.ones(2, 4)).square().sum().backward()
+            step()
+            optimizer.zero_grad()

@@ -197,14 +197,14 @@ class _Parser:
 
 def parse_optim_args(text: str | None) -> dict[str, str]:
     """
-    `"a=1,b=x"` as a dict, as the host reads it: spaces dropped, every value a string.
+    `"a=1,b=x"` as a dict, every value a string. As the host reads it, but that spaces inside a value (a path) stay.
 
     Raises:
         `ValueError`: An entry is not one `name=value`, or a name stands twice.
     """
     parsed: dict[str, str] = {}
-    for entry in (text or "").replace(" ", "").split(",") if text else []:
-        name, equals, value = entry.partition("=")
+    for entry in text.split(",") if text else []:
+        name, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not name or not value or "=" in value:
             raise ValueError(
                 f"optim_args must be name=value entries with commas between, but {entry!r} in {text!r} is not one; "

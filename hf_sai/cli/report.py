@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -37,6 +38,8 @@ def report(
     with _one_sentence(1):
         loaded = GSNRReport.from_pretrained(source, revision=revision)
         if html or open_page:
+            if not Path(source).exists():  # a page that is passed on says where its report is
+                loaded = dataclasses.replace(loaded, run={**loaded.run, "repository": source})
             page = _write(output or Path(PAGE), loaded.to_html())
             if open_page:
                 webbrowser.open(page.absolute().as_uri())

@@ -1,191 +1,78 @@
-"""Facts of a report, rendered by a template, inserted into the model card that the host wrote."""
+"""Model cards of hosts and of persons: our fields and our section go in, and every other byte of a person's stays."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCard
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from ..files import write_whole
 from ..optim.registry import get_record
-from ..report import REPORT_PNG, GSNRReport, format_bytes
+from ..report import GSNRReport
+from .header import MODEL_INDEX, Header, HeaderError, header_of, join_card, newline_of, split_card
+from .host_lines import (
+    as_list,
+    correct_header,
+    corrected_text,
+    drop_local_models,
+    local_names,
+    without_local_links,
+)
+from .results import plain_results
+from .section import (
+    BEGIN,
+    END,
+    SECTION,
+    THIS_REPO,
+    card_facts,
+    insert_section,
+    read_artifact,
+    render_section,
+    shown,
+)
 
+
+__all__ = [  # of the section: what a caller needs besides
+    "BEGIN",
+    "END",
+    "CardError",
+    "add_results",
+    "back_on_error",
+    "card_aside",
+    "card_facts",
+    "decode_card",
+    "insert_section",
+    "is_generated",
+    "keep_card",
+    "mark_generated",
+    "merge_cards",
+    "name_repository",
+    "read_card",
+    "render_section",
+    "save_card",
+    "update_card",
+]
 
 logger = logging.getLogger(__name__)
 
-BEGIN, END = "<!-- hf-sai:begin -->", "<!-- hf-sai:end -->"
-# Stands for the repository's name until a push knows it.
-THIS_REPO = "your-name/this-repository"
-BASE_MODEL = "the-model-that-it-was-trained-on"
-# A marker that stands alone in the user's text is not ours to pair up.
-_SECTION = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 # The digest of what a host generated: as long as it is right, nobody has edited the card.
-_STAMP = re.compile(r"<!-- hf-sai:generated ([0-9a-f]{16}) -->\n?")
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
+_STAMP = re.compile(r"<!-- hf-sai:generated ([0-9a-f]{16}) -->(?:\r\n|\r|\n)?")
+_STAMP_START = b"<!-- hf-sai:generated "
+LARGEST = 2**21  # bytes of a card that is looked through
+# Of the comment at the head of what transformers and diffusers generate; who has proofread a card takes it out.
+_NOT_PROOFREAD = "This model card has been generated automatically"
+_FORM = b"[More Information Needed]"
 
 
-@dataclasses.dataclass(frozen=True)
-class CardFacts:
-    """
-    What the section says, as plain values.
-
-    Args:
-        learning_rate (`str`): The peak.
-        options (`list[tuple[str, str]]`): Every option that ran, with the learning rate and the batch.
-        kinds (`list[dict]`): [`GSNRReport.by_kind`].
-        routes (`list[dict]`): [`GSNRReport.by_route`].
-        template (`str`): Name of the template's file.
-        state_size (`str`): Of the optimizer's state, such as `"1.5 MB"`.
-        adamw_size (`str`): Of AdamW's for the same tensors.
-        saved (`str`): The difference, such as `"50%"`.
-        ratio_sentence (`str`): How g-SNR compares with the size of the tensors.
-        status_sentence (`str`): What is pending or a fallback; empty where nothing is.
-        versions (`str`): Of the packages that ran.
-        artifact (`Artifact`): How it is loaded.
-    """
-
-    learning_rate: str
-    options: list[tuple[str, str]]
-    kinds: list[dict[str, Any]]
-    routes: list[dict[str, Any]]
-    template: str
-    state_size: str
-    adamw_size: str
-    saved: str
-    ratio_sentence: str
-    status_sentence: str
-    versions: str
-    artifact: Artifact
-
-
-@dataclasses.dataclass(frozen=True)
-class Artifact:
-    """
-    What stands beside the card, as far as loading it needs.
-
-    Args:
-        kind (`str`): `"transformers"`, `"peft"`, `"diffusers"` (a pipeline) or `"diffusers_lora"`; `""` for another.
-        repo_id (`str`): Where it is, or will be.
-        model_class (`str`): Of transformers, that loads it or its base.
-        base_model (`str`): Repository of an adapter's base, or a placeholder.
-        tokenizer (`bool`): Whether there is one.
-        picture (`bool`): Whether there is one.
-    """
-
-    kind: str = ""
-    repo_id: str = THIS_REPO
-    model_class: str = "AutoModel"
-    base_model: str = BASE_MODEL
-    tokenizer: bool = False
-    picture: bool = True
-
-
-def read_artifact(folder: Path, library: str | None, base_models: Sequence[str], repo_id: str | None) -> Artifact:
-    """
-    Reads from a folder how its model is loaded.
-
-    Args:
-        folder (`pathlib.Path`): Where the card stands.
-        library (`str`, *optional*): The card's `library_name`.
-        base_models (`list[str]`): Repositories that the card names.
-        repo_id (`str`, *optional*): Where it will be pushed.
-    """
-    config, adapter = (_read_json(folder / name) for name in ("config.json", "adapter_config.json"))
-    kind = library if library in ("transformers", "peft", "diffusers") else ""
-    kind = "transformers" if library is None and "architectures" in config else kind
-    kind = "peft" if kind == "transformers" and adapter else kind
-    if kind == "diffusers" and not (folder / "model_index.json").is_file():
-        kind = "diffusers_lora"
-    if kind == "peft":
-        model_class = _AUTO_CLASSES.get(str(adapter.get("task_type")), "AutoModel")
-    else:
-        model_class = (config.get("architectures") or ["AutoModel"])[0]
-    return Artifact(
-        kind=kind,
-        repo_id=repo_id or THIS_REPO,
-        model_class=model_class,
-        base_model=base_models[0] if base_models else BASE_MODEL,
-        tokenizer=(folder / "tokenizer_config.json").is_file(),
-        picture=(folder / REPORT_PNG).is_file(),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
-
-
-def card_facts(report: GSNRReport, artifact: Artifact | None = None) -> CardFacts:
-    """The facts of a report, and of what stands beside it."""
-    options = [("learning rate (peak)", f"{report.learning_rate:g}"), ("weight decay", f"{report.weight_decay:g}")]
-    options += [(name, _shown(value)) for name, value in report.options.items()]
-    if "effective_batch_size" in report.run:
-        title = "effective batch size" if report.routes else "effective batch size at the measurement"
-        options.append((title, str(report.run["effective_batch_size"])))
-    ratios = [row.gsnr_over_sqrt_numel for row in report.tensors if row.status != "pending"]
-    between = f"between {min(ratios):.3g} and {max(ratios):.3g}" if ratios else "not known yet"
-    counts = {status: len(report.by_status(status)) for status in ("fallback", "pending")}
-    sentences = {
-        "fallback": "Tensors of one element or with a constant gradient, whose scale is sqrt(numel): {}.",
-        "pending": "Tensors that never had a gradient to measure, and did not train: {}.",
-    }
-    kept = report.state_bytes / report.adamw_state_bytes if report.adamw_state_bytes else 1.0
-    return CardFacts(
-        learning_rate=f"{report.learning_rate:g}",
-        options=options,
-        kinds=report.by_kind(),
-        routes=report.by_route(),
-        template="swan.md.jinja" if report.routes else "sgd_sai.md.jinja",
-        state_size=format_bytes(report.state_bytes),
-        adamw_size=format_bytes(report.adamw_state_bytes),
-        saved=f"{1 - kept:.0%}",
-        ratio_sentence=f"mostly the size of the tensor: divided by sqrt(numel) it is {between} here.",
-        status_sentence=" ".join(sentences[status].format(count) for status, count in counts.items() if count),
-        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        artifact=artifact or Artifact(),
-    )
-
-
-def render_section(facts: CardFacts) -> str:
-    """The section as Markdown, markers included."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("model_cards", "."),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    values = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-    return environment.get_template(facts.template).render(**values).rstrip("\n")
-
-
-def insert_section(text: str, section: str) -> str:
-    """
-    The card's text with the section once: where it stood, else at the end.
-
-    Args:
-        text (`str`): Markdown, without the YAML header.
-        section (`str`): With its markers.
-    """
-    if _SECTION.search(text):
-        first = _SECTION.sub(lambda _: section, text, count=1)
-        start = first.index(section) + len(section)
-        return first[:start] + _SECTION.sub("", first[start:])
-    return f"{text.rstrip()}\n\n{section}\n"
+class CardError(ValueError):
+    """A card can't be read."""
 
 
 def update_card(
@@ -197,10 +84,13 @@ def update_card(
     results: Iterable[EvalResult] = (),
 ) -> None:
     """
-    Adds our section, tags and results to a card; all else in it stays.
+    Adds our section, tags and results to a card; all else in it stays, byte for byte.
 
     A `base_model` that is no repository id (a local folder) is taken out of the header: the Hub refuses it, and it
-    would tell the path. `library_name`, `pipeline_tag` and the like stay what the host or the script wrote.
+    would tell the path. `library_name`, `pipeline_tag` and the like stay what the host or the script wrote. In a card
+    that a host generated, the line about the optimizer, data sets without a name and local paths are put right too.
+
+    A card that can't be read is left as it is, with a warning.
 
     Args:
         path (`pathlib.Path`): The README.md that the host, a script or a person wrote. What stands beside it (an
@@ -211,57 +101,159 @@ def update_card(
         repo_id (`str`, *optional*): Where it will be pushed; without it a push puts it in.
         results (iterable of `huggingface_hub.EvalResult`, *optional*): For the header; see [`hf_sai.hub.metrics`].
     """
-    card = ModelCard.load(path)
-    generated = earlier is not None or is_generated(str(card))
-    _drop_local_models(card)
-    if earlier and not is_generated(earlier):
-        card, generated = _with_header_of(ModelCard(earlier), card), False
-        _drop_local_models(card)
-    record = get_record(report.optimizer)
-    card.data.tags = _merge(card.data.tags or [], ["hf-sai", record.name.replace("_", "-"), f"arxiv:{record.paper}"])
-    base_models = [each for each in _as_list(card.data.base_model) if isinstance(each, str)]
-    artifact = read_artifact(path.parent, card.data.library_name, base_models, repo_id)
-    card.text = insert_section(card.text, render_section(card_facts(report, artifact)))
-    add_results(card, results, (repo_id or path.absolute().parent.name).split("/")[-1])
-    card.text = _STAMP.sub("", card.text)
+    content = read_card(path)
+    if content is None:
+        if earlier:
+            logger.warning("The host wrote it so: the card that stood there before is back.")
+            write_whole(path, earlier.encode("utf-8"))
+        return
+    untouched = BEGIN not in content and _STAMP.search(content) is None
+    generated = earlier is not None or is_generated(content) or (untouched and _NOT_PROOFREAD in content)
     if generated:
-        _stamp(card)
-    card.save(path)
+        content = _put_right(content, report)
+    elif untouched:
+        content = without_local_links(content)
+    if earlier and not is_generated(earlier):
+        content, generated = _with_header_of(earlier, content, str(path)), False
+    record = get_record(report.optimizer)
+    tags = ["hf-sai", record.name.replace("_", "-"), f"arxiv:{record.paper}"]
+    found = plain_results(results)
+
+    def edit(header: Header) -> None:
+        drop_local_models(header)
+        header.extend("tags", tags)
+        header.add_results(found, (repo_id or path.absolute().parent.name).split("/")[-1])
+
+    content = _edited(content, edit, str(path))
+    data = _loaded(content).data
+    base_models = [each for each in as_list(data.base_model) if isinstance(each, str)]
+    artifact = read_artifact(path.parent, data.library_name, base_models, repo_id)
+    content = _with_section(content, render_section(card_facts(report, artifact)))
+    save_card(path, _stamped(content) if generated else content)
 
 
-def add_results(card: ModelCard, results: Iterable[EvalResult], model_name: str) -> None:
+def add_results(path: Path, results: Iterable[EvalResult], model_name: str) -> None:
     """
-    Puts results into the header, where the Hub reads them (`model-index`); the same measurement is replaced.
+    Puts results into the header of a card, where the Hub reads them (`model-index`); the same measurement is replaced.
 
     Args:
-        card (`huggingface_hub.ModelCard`): The card.
-        results (iterable of `huggingface_hub.EvalResult`): Results; nothing is changed where there are none.
+        path (`pathlib.Path`): The README.md. One that can't be read is left as it is, with a warning.
+        results (iterable of `huggingface_hub.EvalResult`): Results.
         model_name (`str`): For a card that has no results yet.
     """
-    new = list(results)
-    if not new:
+    content, found = read_card(path), plain_results(results)
+    if content is not None and found:
+        save_card(path, _edited(content, lambda header: header.add_results(found, model_name), str(path)))
+
+
+def read_card(path: Path, what: str = "is left as it is") -> str | None:
+    """The card in a file; `None`, with a warning of `what` happens to it, where it is no card that can be read."""
+    try:
+        return decode_card(path.read_bytes())
+    except (CardError, OSError) as error:
+        logger.warning("%s %s: %s; correct it, or take it away for a new one.", path, what, error)
+        return None
+
+
+def decode_card(content: bytes) -> str:
+    """
+    A card's text, with line endings and byte order mark as they are.
+
+    Raises:
+        `CardError`: `huggingface_hub.ModelCard` can't read it, or it is too large to be looked through.
+    """
+    if len(content) > LARGEST:
+        raise CardError(f"a card may have {LARGEST:,} bytes, but it has {len(content):,}")
+    try:
+        text = content.decode("utf-8")
+        _loaded(text)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise CardError(f"a card must be UTF-8, but line {line} holds the byte {content[error.start]:#04x}") from None
+    except Exception as error:  # of PyYAML or huggingface_hub, of many types: all say that it can't be read
+        told = " ".join(str(error).split(" Pass `ignore_metadata_errors")[0].split()).rstrip(".")
+        raise CardError(f"a card must have a YAML header that can be read, but: {told}") from None
+    return text
+
+
+def save_card(path: Path, content: str) -> None:
+    """Writes a card that can be read again; another one is not written over what is there, which is a warning."""
+    try:
+        decode_card(content.encode("utf-8"))
+    except (CardError, UnicodeEncodeError) as error:
+        logger.warning("%s is left as it is: the new one could not be read again (%s).", path, error)
         return
-    kept = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
-    card.data.eval_results = [*kept, *new]
-    card.data.model_name = card.data.model_name or model_name
+    write_whole(path, content.encode("utf-8"))
 
 
 def mark_generated(path: Path) -> None:
     """Notes in a card that a host has just generated it, so that an edit by a person can be told from it later."""
-    card = ModelCard.load(path)
-    if _STAMP.search(card.text) is None:
-        _stamp(card)
-        card.save(path)
+    content = read_card(path)
+    if content is not None and _STAMP.search(content) is None:
+        save_card(path, _stamped(content))
 
 
 def is_generated(content: str) -> bool:
     """Whether a card is, but for our section, as a host generated it: no person has edited it."""
-    card = ModelCard(content)
-    stamp = _STAMP.search(card.text)
-    return stamp is not None and stamp[1] == _digest(card)
+    stamp = _STAMP.search(content)
+    return stamp is not None and stamp[1] == _digest(content)
 
 
-def merge_cards(ours: str, theirs: str) -> str:
+@contextlib.contextmanager
+def back_on_error(path: Path, earlier: str) -> Iterator[None]:
+    """While it is open, an error brings a card back that stood there before it; it may be a person's."""
+    try:
+        yield
+    except BaseException:
+        if earlier:
+            write_whole(path, earlier.encode("utf-8"))
+        raise
+
+
+@contextlib.contextmanager
+def card_aside(path: Path) -> Iterator[bytes | None]:
+    """
+    While it is open, a card that can't be read stands beside its place: PEFT reads the card of a folder that it saves
+    to, and a training would end there. Afterwards it is back. Yields its bytes; `None` where there are none.
+    """
+    before: bytes | None = None
+    with contextlib.suppress(OSError):
+        before = path.read_bytes()
+    aside = path.with_name(f"_{path.name}") if path.is_file() and read_card(path) is None else None
+    if aside is not None:
+        os.replace(path, aside)
+    try:
+        yield before
+    finally:
+        if aside is not None:
+            os.replace(aside, path)
+
+
+def keep_card(path: Path, before: bytes | None, report: GSNRReport | None, repo_id: str | None) -> None:
+    """
+    After a host's save: a card that it wrote anew gets our section, one that it changed is as it was.
+
+    Args:
+        path (`pathlib.Path`): The README.md; nothing is done where there is none.
+        before (`bytes`, *optional*): What stood there before the save.
+        report (`GSNRReport`, *optional*): What to show; without one a new card is marked as generated.
+        repo_id (`str`, *optional*): As in [`update_card`].
+    """
+    after = path.read_bytes() if path.is_file() else before
+    if after is None or after == before:
+        return
+    of_ours = [BEGIN.encode() in each or _STAMP_START in each for each in (before or b"", after)]
+    if before is not None and of_ours != [True, False]:  # PEFT takes tags out of a card that is there, a person's too
+        write_whole(path, before)
+    elif report is not None and _FORM not in after:
+        update_card(path, report, earlier=(before or b"").decode("utf-8"), repo_id=repo_id)
+    elif before is not None and not is_generated(before.decode("utf-8")):
+        write_whole(path, before)
+    else:  # of another optimizer, or a form to be filled in, PEFT's for one
+        mark_generated(path)
+
+
+def merge_cards(ours: str, theirs: str, place: str = "The card on the Hub") -> str:
     """
     The card to push over one that is on the Hub.
 
@@ -271,6 +263,7 @@ def merge_cards(ours: str, theirs: str) -> str:
     Args:
         ours (`str`): The card here.
         theirs (`str`): The card on the Hub.
+        place (`str`, *optional*): What a warning calls theirs.
     """
     if ours == theirs or is_generated(theirs):
         return ours
@@ -278,81 +271,92 @@ def merge_cards(ours: str, theirs: str) -> str:
         if _plain(ours) != _plain(theirs):
             logger.warning("The card here and the one on the Hub were both edited: pushing the one here.")
         return ours
-    mine, card = ModelCard(ours), ModelCard(theirs)
-    card = _with_header_of(card, mine)
-    section = _SECTION.search(mine.text)
-    if section is not None:
-        card.text = insert_section(card.text, section[0])
-    return str(card)
+    section = SECTION.search(ours)
+    content = _with_header_of(theirs, ours, place)
+    return content if section is None else _with_section(content, section[0])
 
 
 def name_repository(content: str, repo_id: str) -> str:
     """The card with the repository's name in our section's examples."""
-    return _SECTION.sub(lambda section: section[0].replace(THIS_REPO, repo_id), content)
+    return SECTION.sub(lambda section: section[0].replace(THIS_REPO, repo_id), content)
 
 
-def _with_header_of(card: ModelCard, other: ModelCard) -> ModelCard:
+def _loaded(content: str) -> ModelCard:
+    """As huggingface_hub loads it, which warns where a card has no header, or an empty one."""
+    parts = split_card(content)
+    return ModelCard(content.removeprefix("\ufeff") if parts.source else f"---\n\n---\n{parts.text}")
+
+
+def _edited(content: str, edit: Callable[[Header], None], place: str) -> str:
+    """The card with its header edited, or, where that can't be done safely, as it is, with a warning."""
+    parts = split_card(content)
+    try:
+        header = header_of(parts)
+        edit(header)
+    except HeaderError as error:
+        logger.warning("The header of %s is left as it is: %s.", place, error)
+        return content
+    return join_card(parts, header.source)
+
+
+def _with_section(content: str, section: str) -> str:
+    parts = split_card(content)
+    return "".join(parts[:3]) + insert_section(_STAMP.sub("", parts.text), section, newline_of(content))
+
+
+def _put_right(content: str, report: GSNRReport) -> str:
+    """What a host generated, with the optimizer that ran and without paths; our own section is written anew anyway."""
+    chosen = {name: value for name, value in report.options.items() if value is not None}
+    options = [
+        f"{name}=({shown(each)})" if isinstance(each, list) else f"{name}={each}" for name, each in chosen.items()
+    ]
+    optimizer = f"{report.optimizer} of hf_sai with {', '.join(options)}; see the section Optimizer"
+    local: dict[str, str] = {}
+
+    def edit(header: Header) -> None:
+        local.update(local_names(header))
+        drop_local_models(header)
+        correct_header(header, local)
+
+    content = _edited(content, edit, "the card that was generated")
+    parts = split_card(content)
+    return "".join(parts[:3]) + corrected_text(parts.text, optimizer, local)
+
+
+def _with_header_of(person: str, host: str, place: str) -> str:
     """A person's card, with fields and tags of another where it has none."""
-    for key, value in other.data.to_dict().items():
-        if key != "model-index" and card.data.get(key) is None:
-            card.data[key] = value
-    card.data.tags = _merge(card.data.tags or [], other.data.tags or []) or None
-    add_results(card, other.data.eval_results or (), other.data.model_name or "")
-    card.text = _STAMP.sub("", card.text)
-    return card
+    try:
+        fields = dict(header_of(split_card(host)).data)
+    except HeaderError:
+        return person
+    tags = fields.pop("tags", None) or []
+    fields.pop(MODEL_INDEX, None)
+    data = _loaded(host).data
+
+    def edit(header: Header) -> None:
+        drop_local_models(header)
+        for key, value in fields.items():
+            if key not in header.data:
+                header.append(key, value)
+        header.extend("tags", as_list(tags))
+        header.add_results(data.eval_results or (), data.model_name or "")
+
+    return _edited(person, edit, place)
 
 
 def _plain(content: str) -> tuple[str, str]:
     """Header and text without our section."""
-    card = ModelCard(content)
-    text = _STAMP.sub("", _SECTION.sub("", card.text))
+    card = _loaded(content)
+    text = _STAMP.sub("", SECTION.sub("", card.text))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return json.dumps(card.data.to_dict(), sort_keys=True, default=str), "\n".join(lines)
 
 
-def _digest(card: ModelCard) -> str:
-    return hashlib.sha256("\n".join(_plain(str(card))).encode()).hexdigest()[:16]
+def _digest(content: str) -> str:
+    return hashlib.sha256("\n".join(_plain(content)).encode()).hexdigest()[:16]
 
 
-def _stamp(card: ModelCard) -> None:
-    card.text = _STAMP.sub("", card.text)
-    card.text = f"{card.text.rstrip()}\n\n<!-- hf-sai:generated {_digest(card)} -->\n"
-
-
-def _drop_local_models(card: ModelCard) -> None:
-    card.data.tags = _without_local_models(card.data.tags or []) or None
-    models = _as_list(card.data.base_model)
-    kept = [model for model in models if _is_repo_id(model)]
-    for model in models:
-        if model is not None and model not in kept:
-            card.text = card.text.replace(f"[{model}](https://huggingface.co/{model})", "a local model")
-    if kept != models:
-        card.data.base_model = kept or None
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
-
-
-def _is_repo_id(name: Any) -> bool:
-    """Whether it can be a repository, and is not a folder here."""
-    try:
-        validate_repo_id(name)
-    except (HFValidationError, TypeError):
-        return False
-    return isinstance(name, str) and not Path(name).exists()
-
-
-def _without_local_models(tags: Iterable[str]) -> list[str]:
-    """PEFT writes `base_model:adapter:<name>`; with a folder for a name that is no tag."""
-    return [tag for tag in tags if not tag.startswith("base_model:") or _is_repo_id(tag.split(":")[-1])]
-
-
-def _merge(first: Iterable[str], second: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*first, *second]))
+def _stamped(content: str) -> str:
+    line = newline_of(content)
+    content = _STAMP.sub("", content).rstrip()
+    return f"{content}{line}{line}<!-- hf-sai:generated {_digest(content)} -->{line}"

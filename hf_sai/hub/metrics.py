@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import math
-import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 from torch import Tensor
 
 from .card import add_results
+from .results import as_number, measures, plain
 
 
 TASKS = ("classification", "token_classification", "causal_lm", "generation")
 IGNORED_LABEL = -100
 PREFIX = "eval_"
-# What the Trainer puts beside the metrics.
-_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
 
 
 class MetricError(ValueError):
@@ -148,7 +147,8 @@ class ComputeMetrics:
         found: dict[str, float] = {}
         for name, module in self._modules.items():
             results = module.compute(**self.options[name])
-            found.update({key: float(value) for key, value in results.items() if isinstance(value, numbers.Real)})
+            numbers = {key: as_number(value, finite=False) for key, value in results.items()}
+            found.update({key: float(value) for key, value in numbers.items() if value is not None})
         return found
 
     def _add_logits(self, logits: Tensor, labels: Tensor) -> None:
@@ -189,7 +189,7 @@ def _load(name: str) -> Any:
 
 
 def card_results(
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, Any],
     *,
     task_type: str,
     dataset_type: str,
@@ -202,7 +202,8 @@ def card_results(
     Metrics as the header of a card holds them (`model-index`).
 
     Args:
-        metrics (mapping): What `trainer.evaluate()` gives; times, speeds and the epoch are left out.
+        metrics (mapping): What `trainer.evaluate()` gives: numbers of Python, NumPy or torch. Times, speeds, counts
+            and the epoch are left out, and so is what is no finite number, with a warning.
         task_type (`str`): As the Hub names it, such as `"text-generation"`.
         dataset_type (`str`): The data set's id, such as `"stanfordnlp/imdb"`.
         dataset_name (`str`): The data set's name for people.
@@ -213,7 +214,6 @@ def card_results(
     Returns:
         `list[huggingface_hub.EvalResult]`: For `trainer.push_to_hub(results=...)` or [`write_results`].
     """
-    named = {name.removeprefix(PREFIX): value for name, value in metrics.items()}
     return [
         EvalResult(
             task_type=task_type,
@@ -226,8 +226,7 @@ def card_results(
             metric_name=name.replace("_", " ").capitalize(),
             metric_value=value,
         )
-        for name, value in named.items()
-        if name != "epoch" and not name.endswith(_NOT_METRICS) and math.isfinite(value)
+        for name, value in measures(metrics, PREFIX).items()
     ]
 
 
@@ -236,16 +235,15 @@ def write_results(card: str | os.PathLike[str], results: Iterable[EvalResult]) -
     Puts results into the header of a card that is there; those of the same measurement are replaced.
 
     The card then counts as edited: a later training renews our section in it and no other text. A card that is to be
-    written anew takes its results from `trainer.push_to_hub(results=...)`.
+    written anew takes its results from `trainer.push_to_hub(results=...)`. All else in the card stays, byte for byte;
+    a card that can't be read, or whose results can't be changed safely, is left as it is, with a warning.
 
     Args:
         card (`str` or path): The README.md.
         results (iterable of `huggingface_hub.EvalResult`): As from [`card_results`].
     """
     path = Path(card)
-    loaded = ModelCard.load(path)
-    add_results(loaded, results, path.absolute().parent.name)
-    loaded.save(path)
+    add_results(path, results, path.absolute().parent.name)
 
 
 def write_benchmark_results(folder: str | os.PathLike[str], entries: Sequence[EvalResultEntry]) -> list[Path]:
@@ -266,7 +264,7 @@ def write_benchmark_results(folder: str | os.PathLike[str], entries: Sequence[Ev
     by_dataset: dict[str, list[EvalResultEntry]] = {}
     for entry in entries:
         _check_dataset_id(entry.dataset_id)
-        by_dataset.setdefault(entry.dataset_id, []).append(entry)
+        by_dataset.setdefault(entry.dataset_id, []).append(dataclasses.replace(entry, value=plain(entry.value)))
     target = Path(folder) / ".eval_results"
     target.mkdir(parents=True, exist_ok=True)
     paths = []

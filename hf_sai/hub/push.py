@@ -15,16 +15,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelInfo, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelInfo, constants, get_token, hf_hub_download
 from huggingface_hub.utils import filter_repo_objects
 
-from ..upload import TIMEOUT, Destination, Files, TokenInFileError, UploadError, reason, upload, within
-from .card import merge_cards, name_repository
+from ..upload import (
+    CARD,
+    TIMEOUT,
+    Destination,
+    Files,
+    RequestError,
+    TokenInFileError,
+    UploadError,
+    checked,
+    checked_token,
+    known_tokens,
+    reason,
+    refuse_tokens,
+    upload,
+    within,
+)
+from .card import CardError, decode_card, merge_cards, name_repository, read_card
 
 
 logger = logging.getLogger(__name__)
 
-README = "README.md"
 # Not part of a model: what a training needs to go on, checkpoints, and what is being written.
 IGNORED = (
     "_*",
@@ -46,8 +60,17 @@ ADAPTER_CONFIG = "adapter_config.json"
 BASE_WEIGHTS = ("model.safetensors*", "model-*.safetensors", "pytorch_model*")
 
 
+# One of these, or weights, makes a folder a run's.
+_OF_A_RUN = ("config.json", "adapter_config.json", "model_index.json", "modules.json", "gsnr_report.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+
 class PushError(UploadError):
-    """A push did not work out; the message ends with the command that repeats it."""
+    """A push did not work out; where the same push can work later, the message ends with its command."""
+
+
+class NothingToPushError(PushError, RequestError):
+    """There is no such folder, or no file in it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +104,10 @@ class Push:
             `PushError`: There is no such folder, or nothing in it.
         """
         if not self.folder.is_dir():
-            raise PushError(f"a push needs a folder, but {self.folder} is none; pass the run's output_dir")
+            kind = "a file" if self.folder.exists() else "not there"
+            raise NothingToPushError(
+                f"a push needs a folder, but {self.folder}, which is {kind}, is none; pass the run's output_dir"
+            )
         found = {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*"))}
         adapter = BASE_WEIGHTS if ADAPTER_CONFIG in found and not self.path_in_repo else ()
         names = filter_repo_objects(
@@ -90,8 +116,37 @@ class Push:
         prefix = f"{self.path_in_repo.strip('/')}/" if self.path_in_repo else ""
         files = {f"{prefix}{name}": found[name] for name in names}
         if not files:
-            raise PushError(f"a push needs files, but {self.folder} holds none; train or save the model first")
+            raise NothingToPushError(
+                f"a push needs files, but {self.folder} holds none; train or save the model first"
+            )
         return files
+
+    def check(self) -> list[str]:
+        """
+        Does before a push all that can be done without sending anything.
+
+        Returns:
+            `list[str]`: What a push would do otherwise than a person may think, in sentences.
+
+        Raises:
+            `UploadError`: The push can't work: of its folder, its destination, its token, or a token in a file.
+        """
+        files, to = self.files(), checked(self.destination)
+        refuse_tokens(files, known_tokens(to.token))
+        notes = []
+        if to.token is False or not (to.token or get_token()):
+            notes.append("a push needs a token, but there is none; run hf auth login, or set HF_TOKEN")
+        if constants.HF_HUB_OFFLINE:
+            notes.append("a push needs the Hub, but HF_HUB_OFFLINE is set; unset it")
+        names = [path.name for path in files.values()]
+        if not set(names) & set(_OF_A_RUN) and not list(filter_repo_objects(names, allow_patterns=list(_WEIGHTS))):
+            notes.append(f"{self.folder} holds neither a model nor a report; pass the run's output_dir")
+        if CARD in files:
+            try:
+                decode_card(files[CARD].read_bytes())
+            except CardError as error:
+                notes.append(f"{files[CARD]} is left out of a push, for it can't be read: {error}")
+        return notes
 
     def command(self) -> str:
         """The command line that does the same; it holds no token."""
@@ -123,6 +178,12 @@ class Push:
         try:
             revise = None if self.path_in_repo else card_for
             return upload(self.files(), self.destination, self.message, timeout=self.timeout, revise=revise)
+        except RequestError as error:  # the same push again would end the same
+            text = f"The push to {self.destination.repo_id} can't work: {error}"
+            if strict:
+                raise (error if isinstance(error, PushError) else PushError(text)) from None
+            logger.warning(text)
+            return None
         except (UploadError, OSError) as error:
             remedy = f"everything is in {self.folder}, and this pushes it: {self.command()}"
             text = f"The push to {self.destination.repo_id} failed ({error}); {remedy}"
@@ -214,8 +275,8 @@ class HostPushes:
         As `huggingface_hub.create_repo`; where that fails, the id as it was asked for: the push tries again.
         """
         self.private = private = private if self.private is None else self.private
-        api = HfApi(token=token, library_name="hf_sai")
         try:
+            api = HfApi(token=checked_token(token), library_name="hf_sai")
             return within(self.timeout, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         except Exception as error:
             text = reason(error, token)
@@ -270,13 +331,40 @@ def card_for(api: HfApi, info: ModelInfo, files: Files) -> Files:
     """
     The files with the card as it has to be there: it names the repository, and keeps what people wrote on the Hub.
 
+    A card that can't be read, here or there, is left out, with a warning: it does not keep the model back.
+
     See [`hf_sai.hub.card.merge_cards`].
     """
-    ours = files.get(README)
+    ours = files.get(CARD)
     if not isinstance(ours, Path):
         return files
-    content = ours.read_text(encoding="utf-8")
-    if any(each.rfilename == README for each in info.siblings or []):
-        theirs = hf_hub_download(info.id, README, revision=info.sha, token=api.token, endpoint=api.endpoint)
-        content = merge_cards(content, Path(theirs).read_text(encoding="utf-8"))
-    return {**files, README: name_repository(content, info.id).encode("utf-8")}
+    others = {name: content for name, content in files.items() if name != CARD}
+    content = read_card(ours, "is left as it is and not pushed")
+    if content is None:
+        return others
+    theirs = None
+    if any(each.rfilename == CARD for each in info.siblings or []):
+        file = hf_hub_download(info.id, CARD, revision=info.sha, token=api.token, endpoint=api.endpoint)
+        theirs = Path(file).read_bytes()
+    card = _card_to_push(content, theirs, info.id)
+    return others if card is None else {**others, CARD: card}
+
+
+def _card_to_push(ours: str, theirs: bytes | None, repo_id: str) -> bytes | None:
+    """The card for a repository that may have one; `None`, with a warning, where the one there has to stay."""
+    place = f"{CARD} of {repo_id}"
+    try:
+        content = ours if theirs is None else merge_cards(ours, decode_card(theirs), place)
+        card = name_repository(content, repo_id).encode("utf-8")
+    except CardError as error:
+        text = (
+            "%s on the Hub is left as it is, and the other files are pushed: %s; correct or delete it there, and push"
+        )
+        logger.warning(f"{text} again.", place, error)
+        return None
+    try:
+        decode_card(card)
+    except CardError as error:
+        logger.warning("%s on the Hub is left as it is: the new one could not be read again (%s).", place, error)
+        return None
+    return card

@@ -60,17 +60,25 @@ def new_adam_state(param: Tensor) -> dict[str, Tensor]:
     }
 
 
-def adam_update(batch: AdamBatch, stochastic_rounding: bool = False, **options: Any) -> None:
+def adam_update(
+    batch: AdamBatch, stochastic_rounding: bool = False, found: Sequence[Tensor] = (), **options: Any
+) -> None:
     """
     One step of Adam with decoupled decay (Loshchilov and Hutter, arXiv 1711.05101), in place.
 
     Args:
         batch (`AdamBatch`): What to update.
         stochastic_rounding (`bool`, *optional*, defaults to `False`): Of bf16 parameters.
+        found (sequence of `torch.Tensor`, *optional*): One float32 number per tensor, on its device; where it is not
+            0, that tensor and its state stay as they are.
         options: Of `torch.optim.adamw.adamw`: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`, `maximize`.
     """
+    for index, flag in enumerate(found):  # torch's kernel takes one flag for all the tensors of a call
+        adam_update(
+            AdamBatch(*([values[index]] for values in batch._lists())), stochastic_rounding, **options, found_inf=flag
+        )
     together: dict[tuple[torch.device, torch.dtype], AdamBatch] = {}
-    for param, grad, mean, square, step in batch.rows():
+    for param, grad, mean, square, step in batch.rows() if not found else ():
         tensors = (param, grad, mean, square)
         contiguous = all(tensor.is_contiguous() for tensor in tensors)  # torch's fused kernel reads memory in order
         if contiguous and grad.dtype == param.dtype == mean.dtype and param.device.type in FUSED_DEVICES:
@@ -101,6 +109,10 @@ def _low_precision(
 
 
 def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
+    found = options.get("found_inf")
+    if found is not None and not fused:
+        _call_plain_unless(found, batch, options)
+        return
     adamw(
         batch.params,
         batch.grads,
@@ -113,3 +125,12 @@ def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
         amsgrad=False,
         **options,
     )
+
+
+def _call_plain_unless(found: Tensor, batch: AdamBatch, options: dict[str, Any]) -> None:
+    """What the fused kernel does with a flag, on the path that knows none."""
+    written = [*batch.params, *batch.means, *batch.squares, *batch.steps]
+    before = [tensor.clone() for tensor in written]
+    _call(batch, fused=False, options={**options, "found_inf": None})
+    for tensor, old in zip(written, before, strict=True):
+        tensor.copy_(torch.where(found > 0, old, tensor))

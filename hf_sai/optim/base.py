@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .finite import Found, LateNews, find_not_finite
 from .tensors import whole_shape
 from .zero import ZeroPieces
 from .zero_layout import ZeroLayoutError, find_zero
@@ -76,27 +78,25 @@ class NamedOptimizer(Optimizer):
     _progress: ClassVar[tuple[str, ...]] = ("lr",)
     # What a grouping function chose. A checkpoint of before groups held it leaves the run's own.
     _chosen: ClassVar[tuple[str, ...]] = ()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        own_groups = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
-        for group, own in zip(self.param_groups, own_groups, strict=False):
-            for key in self._chosen:
-                group.setdefault(key, own[key])
-        self.__dict__["_all_groups"] = self.param_groups
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # torch's own, which it adds to the defaults on the way
-                    group.setdefault(key, value)
+    # What a group holds for each of its parameters, and decides updates.
+    _per_tensor: ClassVar[tuple[str, ...]] = ()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's."""
+        """As torch's; a group without parameters may stand beside named ones, before them and after."""
+        params = param_group["params"]
+        if not params and any("param_names" in group for group in self.param_groups):
+            param_group = {**param_group, "param_names": []}
+        elif params and isinstance(params[0], tuple):
+            for group in self.param_groups:
+                if not group["params"]:
+                    group.setdefault("param_names", [])
         super().add_param_group(param_group)
         self.__dict__["_all_groups"] = self.param_groups
         self._positions().update({param: at for at, param in enumerate(self.param_groups[-1]["params"])})
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; under ZeRO of this rank, with the rows of all tensors in the groups."""
+        self._read_late_news()
         taken = self._taken_over()
         if taken is not None:
             taken.write()
@@ -104,9 +104,11 @@ class NamedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        As torch's.
+        Loads what `state_dict()` gave, or what a `load_state_dict` pre-hook made of it: each tensor to its parameter's
+        device and in the dtype that is documented for it.
 
         Raises:
+            `ValueError`: The state was written by another optimizer.
             `ZeroLayoutError`: It was saved under ZeRO and is not loaded so, or the other way round, or in another
                 layout.
         """
@@ -118,13 +120,51 @@ class NamedOptimizer(Optimizer):
                 "a state that was saved under DeepSpeed ZeRO must be loaded under it, but this optimizer has whole "
                 "tensors; resume with the same DeepSpeed configuration, or start without the optimizer's state"
             )
-        super().load_state_dict(state_dict)
-        self._after_load(state_dict)
+        # The last hook: it sees what the others return, which is what is loaded.
+        handle = self.register_load_state_dict_pre_hook(_see_what_is_loaded)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loading", None)
         if taken is not None:
             taken.read()
 
-    def _after_load(self, state_dict: dict[str, Any]) -> None:
-        """For what torch's load does to tensors and should not have done."""
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Raises `ValueError` for a state that it can't go on with."""
+
+    def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """The dtype of a tensor of the state once it is loaded; torch makes all but `step` the parameter's."""
+        return param.dtype
+
+    def _restore(self, state: dict[str, Any], loading: dict[str, Any]) -> None:
+        """Undoes in a state to load what torch's casts lose, and moves what they leave where it was saved."""
+        saved_groups = loading["param_groups"]
+        for saved_group, group, mine in zip(saved_groups, state["param_groups"], self.param_groups, strict=True):
+            for saved_id, param in zip(saved_group["params"], mine["params"], strict=True):
+                for key, saved in loading["state"].get(saved_id, {}).items():
+                    if not isinstance(saved, Tensor):
+                        continue
+                    dtype, loaded = self._loaded_dtype(key, saved, param, group), state["state"][param][key]
+                    if loaded.dtype != dtype or loaded.device != param.device:
+                        # torch's cast may have lost digits: from what was saved, once more
+                        state["state"][param][key] = saved.to(device=param.device, dtype=dtype, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own_groups = self.__dict__.get("param_groups", [])
+        loading = self.__dict__.get("_loading")
+        if loading is not None:
+            self._warn_of_other_options(state["param_groups"])
+            self._restore(state, loading)
+        super().__setstate__(state)
+        for group, own in zip(self.param_groups, own_groups, strict=False):
+            for key in self._chosen:
+                group.setdefault(key, own[key])
+        self.__dict__["_all_groups"] = self.param_groups
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch's own, which it adds to the defaults on the way
+                    group.setdefault(key, value)
 
     def _taken_over(self) -> ZeroPieces | None:
         """Its life under ZeRO; `None` where it has whole tensors. Those that it was given are seen at once."""
@@ -197,7 +237,9 @@ class NamedOptimizer(Optimizer):
                 loss = closure()
         if not self.__dict__.get("_has_gradients"):
             self._look_for_gradients()
-        self._advance()
+        self._read_late_news()
+        with undisturbed():
+            self._advance()
         return loss
 
     def _look_for_gradients(self) -> None:
@@ -215,6 +257,49 @@ class NamedOptimizer(Optimizer):
     def _any_gradient(self) -> bool:
         return any(param.grad is not None for *_, param in self._params())
 
+    def _read_late_news(self) -> None:
+        """Tells of gradients of the step before that were not finite, and puts right what did not know."""
+        late = self._late_news.read()
+        self._tell_not_finite([name for name, _ in late])
+        for _, undo in late:
+            if undo is not None:
+                undo()
+
+    @property
+    def _late_news(self) -> LateNews:
+        news: LateNews = self.__dict__.setdefault("_news_from_devices", LateNews())
+        return news
+
+    def _find_not_finite(
+        self,
+        gradients: Sequence[Tensor],
+        name: Callable[[int], str],
+        undo: Callable[[int], Callable[[], None]] | None = None,
+    ) -> Found:
+        """
+        Which gradients are to be left alone in this step; warns of them, on an accelerator in the next step.
+
+        Args:
+            gradients (sequence of `torch.Tensor`): Of the step.
+            name (callable): From index to name.
+            undo (callable, *optional*): From index to what puts right, in the next step, plain values of the state
+                that were written before it was known that a gradient on an accelerator was not finite.
+        """
+        found = find_not_finite(gradients)
+        if found.bad:
+            self._tell_not_finite([name(index) for index in sorted(found.bad)])
+        for indices, flags in found.tables:
+            self._late_news.send(flags, [(name(index), undo(index) if undo else None) for index in indices])
+        return found
+
+    def _tell_not_finite(self, names: list[str]) -> None:
+        """One warning per step, with tensors that no earlier one named."""
+        new = self._new_names(names)
+        if new:
+            logger.warning(
+                "The gradient of %s has inf or NaN: not updated in this step, nor in later ones like it.", new
+            )
+
     def _warn_of_other_options(self, saved_groups: list[dict[str, Any]]) -> None:
         """As in every torch optimizer the saved options replace those of the constructor; here not in silence."""
         names = [name for name in self.defaults if name not in self._progress]
@@ -224,6 +309,15 @@ class NamedOptimizer(Optimizer):
             for name in names
             if name in saved and _as_list(saved[name]) != _as_list(group[name])
         }
+        for name in self._per_tensor:
+            pairs = [
+                pair
+                for group, saved in zip(self.param_groups, saved_groups, strict=False)
+                for pair in zip(saved.get(name, group[name]), group[name], strict=False)
+            ]
+            others = [pair for pair in pairs if pair[0] != pair[1]]
+            if others:
+                changed.add(f"{name} of {len(others)} tensors, such as {others[0][0]} (not {others[0][1]})")
         if changed:
             logger.warning("The loaded state goes on with its own options: %s.", ", ".join(sorted(changed)))
 
@@ -274,13 +368,22 @@ class NamedOptimizer(Optimizer):
 
         Raises:
             `TypeError`: They are a set, whose order is another in every process.
+            `ValueError`: Two have the same name.
         """
         if isinstance(params, (set, frozenset)):
             raise TypeError(
                 "params must be in an order that a checkpoint can rely on, but they are a set; pass a list"
             )
         params = [params] if isinstance(params, Tensor) else list(params)
-        if not self.param_groups or "param_names" not in self.param_groups[0]:
+        taken = {name for group in self.param_groups for name in group.get("param_names", ())}
+        for name in [each[0] for each in params if isinstance(each, tuple)]:
+            if name in taken:
+                raise ValueError(
+                    f"two parameters must not share a name, by which scales and reports tell them apart, but {name!r} "
+                    "is given twice; give each its own"
+                )
+            taken.add(name)
+        if not any(group.get("param_names") for group in self.param_groups):
             return params
         index = len(self.param_groups)
         return [p if isinstance(p, tuple) else (f"group{index}.{i}", p) for i, p in enumerate(params)]
@@ -291,6 +394,52 @@ class NamedOptimizer(Optimizer):
         new = [name for name in names if name not in known]
         known.update(new)
         return ", ".join(new[:3]) + (f" and of {len(new) - 3} more tensors" if len(new) > 3 else "")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """While it is open, neither an autocast nor a lower precision of float32 products around a step changes it."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(_exact_products())
+        yield
+
+
+def _exact_products() -> Callable[[], None]:
+    """Has float32 products computed in float32; returns what makes it as it was."""
+    modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    backends = [each.matmul for each in modules if _has_precision(getattr(each, "matmul", None))]
+    if not backends:  # torch before 2.9
+        general = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(general)
+    before = [each.fp32_precision for each in backends]
+    changed = [pair for pair in zip(backends, before, strict=True) if pair[1] != "ieee"]
+    for backend, _ in changed:
+        backend.fp32_precision = "ieee"
+
+    def undo() -> None:
+        for backend, precision in changed:
+            backend.fp32_precision = precision
+
+    return undo
+
+
+def _has_precision(backend: Any) -> bool:
+    try:
+        return hasattr(backend, "fp32_precision")
+    except RuntimeError:
+        return False
+
+
+def _see_what_is_loaded(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """A `load_state_dict` pre-hook."""
+    optimizer._check_loaded(state_dict)
+    optimizer.__dict__["_loading"] = state_dict
 
 
 def _as_list(value: Any) -> Any:

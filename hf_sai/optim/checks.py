@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import inspect
 import math
+import numbers
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
@@ -12,15 +16,57 @@ from typing import Any
 
 
 def check_number(name: str, value: Any, remedy: str, positive: bool = False) -> None:
-    """Finite, and 0 or above; above 0 where it has to be `positive`."""
-    if not (0.0 < value < math.inf if positive else 0.0 <= value < math.inf):
+    """Finite, and 0 or above; above 0 where it has to be `positive`. A tensor counts by its one element."""
+    number = _number(name, value, remedy)
+    if not (0.0 < number < math.inf if positive else 0.0 <= number < math.inf):
         raise ValueError(f"{name} must be finite and {'>' if positive else '>='} 0 but is {value}; {remedy}")
 
 
 def check_share(name: str, value: Any, remedy: str) -> None:
-    """In [0, 1)."""
-    if not 0.0 <= value < 1.0:
+    """In [0, 1). A tensor counts by its one element."""
+    if not 0.0 <= _number(name, value, remedy) < 1.0:
         raise ValueError(f"{name} must be in [0, 1) but is {value}; {remedy}")
+
+
+def check_betas(value: Any) -> None:
+    """Two numbers in [0, 1)."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1) but is {value!r}; the default is (0.9, 0.999)")
+    for index, beta in enumerate(value):
+        if not 0.0 <= _number(f"betas[{index}]", beta, "the default is (0.9, 0.999)") < 1.0:
+            raise ValueError(f"betas must be two numbers in [0, 1) but is {value!r}; the default is (0.9, 0.999)")
+
+
+def _number(name: str, value: Any, remedy: str) -> Any:
+    """
+    What a number option compares by.
+
+    Raises:
+        `ValueError`: It is a tensor of several elements (in the words of torch's own optimizers), or no number.
+    """
+    if hasattr(value, "numel"):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element but has the shape {tuple(value.shape)}; {remedy}")
+        return value.detach().item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number but is {value!r}; {remedy}")
+    return value
+
+
+def refuse_unknown(cls: type, options: Mapping[str, Any]) -> None:
+    """Raises [`UnknownOptionError`] where a constructor was given options that it has not."""
+    parameters = inspect.signature(cls).parameters.values()
+    valid = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD and each.name != "params"]
+    for name in options:
+        close = difflib.get_close_matches(name, valid, n=1)
+        hint = f"did you mean {close[0]}? " if close else "leave it out; "
+        raise UnknownOptionError(
+            f"{cls.__name__} has no option {name}; {hint}valid options: {', '.join(sorted(valid))}"
+        )
+
+
+class UnknownOptionError(ValueError, TypeError):
+    """A constructor has no argument of that name. A `TypeError` as well, which Python raises for it."""
 
 
 def check_whole(name: str, value: Any, remedy: str, optional: bool = False) -> None:
@@ -87,12 +133,32 @@ def to_source(value: Any) -> Any:
     return None if _is_none(value) else value
 
 
+def from_text(options: Mapping[str, Any], parsers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """
+    Options with plain values in place of text, as hosts hand them on that take a class by its path (`"0.9"`,
+    `"none"`), and of tensors of one element. A learning rate stays a tensor: schedulers write into it.
+
+    Args:
+        options (mapping): With or without each name of `parsers`; what can't be read stays, for a check to refuse.
+        parsers (mapping of `str` to callable): From text, `None` or a tensor to value, by name.
+    """
+    found = dict(options)
+    for name, parse in parsers.items():
+        value = found.get(name, 0)
+        tensors = [each for each in (value if isinstance(value, (tuple, list)) else [value]) if hasattr(each, "numel")]
+        one = bool(tensors) and name != "lr" and all(each.numel() == 1 for each in tensors)
+        if value is None or isinstance(value, str) or one:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found[name] = parse(found[name])
+    return found
+
+
 def one_of(*choices: str) -> Callable[[Any], str]:
     """One of some words, or what torch prints for one (`torch.bfloat16`)."""
 
     def parse(value: Any) -> str:
         # A host that reads Python literals hands on "none" as None.
-        word = "none" if value is None else str(value).removeprefix("torch.")
+        word = "none" if value is None else str(value).strip("'\"").removeprefix("torch.")
         if word not in choices:
             raise ValueError
         return word
@@ -106,4 +172,4 @@ def or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _is_none(value: Any) -> bool:
-    return value is None or str(value).lower() == "none"
+    return value is None or str(value).strip("'\"").lower() == "none"

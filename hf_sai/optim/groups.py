@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .lora_pairs import PairPolicy, adapter_pairs
+from .names import named_parameters
 from .routing import ADAM, LoraPolicy, route_by_shape, route_parameters, summary
 from .tensors import whole_shape
 
@@ -29,7 +30,7 @@ def plain_groups(model: nn.Module, weight_decay: float = 0.0, decay_names: Colle
         weight_decay (`float`, *optional*, defaults to 0.0): Of the group that decays.
         decay_names (collection of `str`, *optional*): Names that decay.
     """
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    named = [(name, param) for name, param in named_parameters(model) if param.requires_grad]
     groups = [
         {
             "params": [row for row in named if (row[0] in decay_names) == decay],
@@ -57,7 +58,7 @@ def sgd_sai_groups(
         `ValueError`: `lora_policy` is not known, or it is `"paired"` and there is no pair.
     """
     pairs = adapter_pairs(model, lora_policy)
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    named = [(name, param) for name, param in named_parameters(model) if param.requires_grad]
     names: dict[Tensor, str] = {param: name for name, param in named}
     chosen = {} if lora_policy == "plain" else {"lora_policy": lora_policy}  # SGDSaI's default is plain
     in_pairs = {param for pair in pairs for param in pair}

@@ -45,6 +45,11 @@ class TensorGSNR:
         step (`int`): Optimizer step (from 1) of its first informative gradient, 0 while there was none.
         status (`str`): `"measured"`, `"fallback"` (constant gradient or one element), `"given"` (from another run) or
             `"pending"` (no gradient yet that is finite and not all zero).
+        gradient_norm (`float`, *optional*, defaults to 0.0): Euclidean norm of that gradient; 0.0 where not known.
+        weight_rms (`float`, *optional*, defaults to 0.0): Root mean square of the parameter before that step; 0.0
+            where it was all zero, or is not known.
+        factor (`float`, *optional*, defaults to 1.0): What that gradient was multiplied by besides the scale, as those
+            of LoRA's pairs are: `learning rate * scale * factor * gradient` is the first update.
     """
 
     name: str
@@ -55,6 +60,9 @@ class TensorGSNR:
     scale: float
     step: int
     status: str
+    gradient_norm: float = 0.0
+    weight_rms: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

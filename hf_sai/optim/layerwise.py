@@ -97,6 +97,7 @@ class LayerwiseMixin:
     def _begin_anew(self) -> None:
         self._updated: dict[Tensor, _Pass] = {}  # since the last step(), with the pass that did it
         self._passes: dict[int, _Pass] = {}  # those that run, by autograd's number
+        self._not_finite: list[str] = []
 
     def has_used(self, param: Tensor) -> bool:
         """Whether a backward pass has updated a parameter, and the step that it belongs to has not ended."""
@@ -164,6 +165,12 @@ class LayerwiseMixin:
             )
         super()._advance()  # type: ignore[misc]
         self._updated.clear()
+        names, self._not_finite = self._not_finite, []
+        super()._tell_not_finite(self._in_order(names))  # type: ignore[misc]
+
+    def _tell_not_finite(self, names: list[str]) -> None:
+        """Said once for all tensors of a step, at its end."""
+        self._not_finite.extend(names)
 
     def _any_gradient(self) -> bool:
         return bool(self._updated) or super()._any_gradient()  # type: ignore[misc]
@@ -239,7 +246,7 @@ class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
     def _begin_anew(self) -> None:
         super()._begin_anew()
         self._tracked: dict[str, float] | None = None
-        self._not_finite: list[str] = []
+        self._not_measured: list[str] = []
         self._bf16: tuple[list[Any], list[GradientMoments], set[Tensor]] = ([], [], set())
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
@@ -277,13 +284,13 @@ class SGDSaILayerwise(LayerwiseMixin, SGDSaI):
 
     def _advance(self) -> None:
         super()._advance()
-        names, bf16 = self._not_finite, self._bf16
-        self._not_finite, self._bf16 = [], ([], [], set())
-        super()._warn_not_finite(self._in_order(names))
+        names, bf16 = self._not_measured, self._bf16
+        self._not_measured, self._bf16 = [], ([], [], set())
+        super()._tell_not_measured(self._in_order(names))
         super()._warn_if_bf16_stays(*bf16)
 
-    def _warn_not_finite(self, names: list[str]) -> None:
-        self._not_finite.extend(names)
+    def _tell_not_measured(self, names: list[str]) -> None:
+        self._not_measured.extend(names)
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
@@ -301,19 +308,6 @@ class SWANLayerwise(LayerwiseMixin, SWAN):
         `RuntimeError`: In the backward pass or `step()`: gradient accumulation, more than one process, sharded
             parameters, or a `GradScaler`.
     """
-
-    def _begin_anew(self) -> None:
-        super()._begin_anew()
-        self._not_finite: list[str] = []
-
-    def _advance(self) -> None:
-        super()._advance()
-        names, self._not_finite = self._not_finite, []
-        super()._tell_not_finite(self._in_order(names))
-
-    def _tell_not_finite(self, names: list[str]) -> None:
-        """Said once for all tensors of a step, at its end."""
-        self._not_finite.extend(names)
 
     def extra_bytes(self, one_at_a_time: bool = True) -> int:
         """As [`SWAN.extra_bytes`]."""

@@ -57,11 +57,37 @@ def adapter_pairs(model: nn.Module, lora_policy: PairPolicy = "plain") -> list[t
             if a.requires_grad and b.requires_grad:
                 pairs[a] = (a, b)
     if not pairs:
+        _refuse_odd_adapters(model)
         raise ValueError(
             "lora_policy='paired' needs a layer with lora_A and lora_B that are both trained, but the model has none; "
             "pass the model with its adapter, or leave lora_policy out"
         )
     return list(pairs.values())
+
+
+def _refuse_odd_adapters(model: nn.Module) -> None:
+    """Raises `ValueError` with the true reason for adapters whose trained tensors are not two factors A and B."""
+    kinds = sorted(
+        {
+            config.peft_type.split(".")[-1] if isinstance(config.peft_type, str) else str(config.peft_type)
+            for module in model.modules()
+            for config in getattr(module, "peft_config", {}).values()
+            if getattr(config, "peft_type", None) is not None
+        }
+        if any(isinstance(getattr(module, "peft_config", None), dict) for module in model.modules())
+        else ()
+    )
+    for module in model.modules():
+        if isinstance(getattr(module, "lora_E", None), nn.ParameterDict):
+            raise ValueError(
+                "lora_policy='paired' needs a product of two factors, but AdaLoRA has a third between them, lora_E, "
+                "and starts with it at zero; leave lora_policy out, or use LoRA"
+            )
+    if kinds and kinds != ["LORA"]:
+        raise ValueError(
+            f"lora_policy='paired' needs LoRA's lora_A and lora_B that are both trained, but the adapter is "
+            f"{', '.join(kinds)}, which has none; leave lora_policy out, or use LoRA"
+        )
 
 
 def check_pairs(params: list[Tensor]) -> None:
@@ -95,17 +121,22 @@ def bounded(gradient: Tensor, norm: float, is_a: bool) -> Tensor:
         `torch.Tensor`: In float32 or wider. Nothing is read back from the device.
     """
     wide = _wide(gradient)
-    return wide * ((A_RATE if is_a else 1.0) / wide.norm().clamp(min=norm))
+    return wide * ((A_RATE if is_a else 1.0) / _norm(wide).clamp(min=norm))
 
 
-def bounded_norm(norm: float, first: float, is_a: bool) -> float:
-    """The norm of what `bounded` gives for a gradient of norm `norm`, where that of the pair's first is `first`."""
-    return (A_RATE if is_a else 1.0) * norm / max(norm, first)
+def first_factor(norm: float, gradient_norm: float, is_a: bool) -> float:
+    """What [`bounded`] multiplies a gradient of that norm by; `norm` as there."""
+    return (A_RATE if is_a else 1.0) / max(norm, gradient_norm)
 
 
 def norm_of(gradient: Tensor) -> float:
     """The norm, read back from the device; needed until a pair's is known."""
-    return _wide(gradient).norm().item()
+    return _norm(gradient).item()
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """In float64, where float32 would overflow at 1e19; on devices that have none, in float32."""
+    return _wide(gradient).norm(dtype=torch.float32 if gradient.device.type == "mps" else torch.float64)
 
 
 def _wide(gradient: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ _SGD_SAI = OptimizerRecord(
         Option("fused", "true, false or none", or_none(to_bool), "one pass over memory; none chooses"),
         Option(
             "state_dtype",
-            "float32, bfloat16, float16 or none",
+            "float32, bfloat16 or none",
             or_none(one_of(*STATE_DTYPES)),
             "of the momentum buffer",
         ),

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,16 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
+from .names import named_parameters, plain_name, unwrapped, without_adapter
 from .tensors import whole_shape
 
+
+logger = logging.getLogger(__name__)
 
 LoraPolicy = Literal["both", "b_only", "adam"]
 LORA_POLICIES = ("both", "b_only", "adam")
 ADAM = "adam"
+_NOT_TARGETED = "not in target_modules"
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# How the layers are called that make an image into tokens, in transformers, timm and diffusers.
+_PATCHES = ("PatchEmbed", "PatchEmbedding", "PatchEmbeddings", "PatchEmbedder")
 # Fused query, key and value: nn.MultiheadAttention's own, and the names that models give to such a linear layer.
 _FUSED_QKV = ("in_proj_weight", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv")
 
@@ -69,7 +78,10 @@ class Layout:
         return (whole.mT if self.transposed else whole).reshape(-1, *shape)
 
 
-@functools.cache
+# By route. Not functools.cache, of which torch.compile warns in a step.
+_layouts: dict[str, Layout] = {}
+
+
 def layout_of(route: str) -> Layout:
     """
     The layout of a route.
@@ -80,6 +92,12 @@ def layout_of(route: str) -> Layout:
     Raises:
         `ValueError`: It is none.
     """
+    if route not in _layouts:
+        _layouts[route] = _read_layout(route)
+    return _layouts[route]
+
+
+def _read_layout(route: str) -> Layout:
     for batched in (False, True):
         for transposed in (False, True):
             layout = Layout(batched, transposed)
@@ -143,26 +161,38 @@ def route_parameters(
             whitened as three matrices. Whole, its largest singular direction is shared by the three.
 
     Raises:
-        `ValueError`: `lora_policy` is not known, or nothing is left to whiten.
+        `ValueError`: `lora_policy` is not known, or it or `targets` leaves nothing to whiten. A model without a matrix
+            is warned of.
     """
     check_choice("lora_policy", lora_policy, LORA_POLICIES)
+    model = unwrapped(model)
     tables, heads = _embeddings_and_heads(model)
     owners: dict[Tensor, list[_Owner]] = {}
     for owner, param in _owners(model, heads):
         owners.setdefault(param, []).append(owner)
     routes = []
-    for name, param in model.named_parameters():
+    for name, param in named_parameters(model):
         if param.requires_grad:
             route, reason = _route(param, owners[param], tables, targets, lora_policy, split_qkv)
             routes.append(Route(name, param, route, reason))
     if routes and all(route.route == ADAM for route in routes):
-        reasons = sorted({route.reason for route in routes})
-        raise ValueError(
-            f"SWAN needs at least one matrix, but all {len(routes)} trainable parameters go to Adam "
-            f"({'; '.join(reasons)}); widen target_modules or lora_policy (in optim_args: "
-            "lora_whitening), or choose another optimizer"
-        )
+        _say_nothing_is_whitened({route.reason for route in routes}, len(routes))
     return routes
+
+
+def _say_nothing_is_whitened(reasons: set[str], count: int) -> None:
+    """An error where a choice of the user kept matrices from being whitened; a warning where there is none."""
+    why = "; ".join(sorted(reasons))
+    if _NOT_TARGETED in reasons or any("lora_whitening" in reason for reason in reasons):
+        raise ValueError(
+            f"SWAN needs at least one matrix, but all {count} trainable parameters go to Adam ({why}); widen "
+            "target_modules or lora_policy (in optim_args: lora_whitening), or choose another optimizer"
+        )
+    logger.warning(
+        "SWAN whitens nothing of this model: all %d trainable parameters go to Adam (%s). AdamW does the same.",
+        count,
+        why,
+    )
 
 
 def route_by_shape(shape: torch.Size) -> tuple[str, str]:
@@ -204,11 +234,20 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]
     for module in model.modules():
         if isinstance(module, _EMBEDDINGS):
             tables.add(module.weight)
-        table = getattr(_ask(module, "get_input_embeddings"), "weight", None)
-        if isinstance(table, Tensor):
-            tables.add(table)
-        head = _ask(module, "get_output_embeddings")
-        heads.update(head.modules() if head is not None else ())
+        # Of a text model a table, of others what makes patches or frames into tokens.
+        embedding = _ask(module, "get_input_embeddings")
+        if embedding is None and type(module).__name__.endswith(_PATCHES):
+            embedding = module
+        if embedding is not None and not isinstance(embedding, type(model)):
+            tables.update(embedding.parameters())
+        for method in ("get_output_embeddings", "get_classifier"):  # of transformers, of timm
+            head = _ask(module, method)
+            heads.update(head.modules() if head is not None else ())
+        # sentence-transformers: a loss with layers of its own, beside the model.
+        if hasattr(dict(module.named_children()).get("model"), "get_sentence_embedding_dimension"):
+            heads.update(
+                each for name, child in module.named_children() if name != "model" for each in child.modules()
+            )
         # What a model has beside its backbone is a head. Asked of the class: PEFT's wrappers hand attributes through.
         backbone = dict(module.named_children()).get(getattr(type(module), "base_model_prefix", ""))
         for child in module.children() if backbone is not None else ():
@@ -238,6 +277,7 @@ def _owners(model: nn.Module, heads: set[nn.Module]) -> Iterator[tuple[_Owner, T
                     factor = {"lora_A": "a", "lora_B": "b"}.get(attribute, "other")
                     adapters.update(dict.fromkeys(child.modules(), factor))
     for module_name, module in model.named_modules(remove_duplicate=False):
+        module_name = plain_name(module_name)
         for attribute, param in vars(module)["_parameters"].items():
             if param is not None:
                 # An adapter's factors inside a head are the adapter's, not the head's.
@@ -266,8 +306,10 @@ def _route(
     layout, reason = _layout(param, owner, split_qkv)
     if layout is None:
         return ADAM, reason
-    if targets is not None and not any(targets(each.module_name, each.module) for each in owners):
-        return ADAM, "not in target_modules"
+    if targets is not None and not any(
+        targets(name, each.module) for each in owners for name in (each.module_name, without_adapter(each.module_name))
+    ):
+        return ADAM, _NOT_TARGETED
     return layout.route, reason
 
 
@@ -286,16 +328,57 @@ def _layout(param: Tensor, owner: _Owner, split_qkv: bool) -> tuple[Layout | Non
     if len(shape) > 2:
         return None, f"{len(shape)} dimensions and no known module"
     transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers', stored (in, out)
-    name = owner.attribute if owner.attribute != "weight" else owner.module_name.rpartition(".")[2]
-    rows = shape[1] if transposed else shape[0]
-    if name in _FUSED_QKV and split_qkv and rows % 3 == 0:
-        return Layout(transposed=transposed, parts=3), "query, key and value, split"
     if owner.lora:
         # The rows are those of the rank in both factors, so that GradNorm's mean is over a model's width. Over B's own
         # columns, as few as the rank, centring would take away one direction of them for good.
         return Layout(transposed=transposed != (owner.lora == "b")), f"LoRA {owner.lora.upper()}"
-    known = isinstance(module, nn.Linear) or transposed
-    return Layout(transposed=transposed), "linear layer" if known else "matrix of another module"
+    name = owner.attribute if owner.attribute != "weight" else owner.module_name.rpartition(".")[2]
+    rows = shape[1] if transposed else shape[0]
+    if name in _FUSED_QKV and split_qkv and rows % 3 == 0 and (transposed or multiplies_by(module, owner.attribute)):
+        return Layout(transposed=transposed, parts=3), "query, key and value, split"
+    if transposed or multiplies_by(module, owner.attribute):
+        return Layout(transposed=transposed), "linear layer"
+    return None, f"no matrix that {type(module).__name__} is known to multiply by"
+
+
+def multiplies_by(module: nn.Module, attribute: str) -> bool:
+    """
+    Whether a module multiplies its input by a two-dimensional parameter of its own: linear layers of any library by
+    what they say of themselves, attention by its name, all others by the code of their `forward`.
+
+    Args:
+        module (`torch.nn.Module`): The parameter's owner.
+        attribute (`str`): Its name there.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return attribute.endswith("proj_weight")
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return False
+    if attribute == "weight":
+        sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if isinstance(module, nn.Linear) or tuple(module._parameters["weight"].shape) == sizes:  # type: ignore[union-attr]
+            return True
+    cls: Any = type(module)
+    return _in_product(cls, attribute)
+
+
+@functools.cache
+def _in_product(cls: Any, attribute: str) -> bool:
+    """Whether `forward` hands `self.<attribute>` to `linear` or `matmul`, or has it beside `@`."""
+    try:
+        source = inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return False
+    own = rf"self\.{re.escape(attribute)}\b"
+    first = r"[^,()\[\]]+(?:\([^()]*\))?[^,()\[\]]*"  # the input, which may be a call
+    products = (
+        rf"\blinear\(\s*{first},\s*{own}",
+        rf"\bmatmul\(\s*{first},\s*{own}",
+        rf"\bmatmul\(\s*{own}",
+        rf"@ *{own}",
+        rf"{own}(?:\.T|\.mT|\.t\(\))? *@",
+    )
+    return any(re.search(each, source) for each in products)
 
 
 def routes_of_group(group: dict[str, Any]) -> tuple[list[str], list[str]]:

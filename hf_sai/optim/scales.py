@@ -28,6 +28,7 @@ class MeasuredScales(NamedOptimizer):
 
     Groups hold `eps`, `normalize` and `measure_steps`, and the same in each what [`SHARED`] lists.
     The state of a tensor holds `gsnr`, `gsnr_step`, `gsnr_count`, `gsnr_fallback` and `gsnr_given`; see [`SGDSaI`].
+    For the report it holds `gradient_norm` and `weight_rms` as they were at the first informative gradient.
     """
 
     _progress = ("lr", *SHARED)
@@ -57,9 +58,16 @@ class MeasuredScales(NamedOptimizer):
                     scale=state["gsnr"] / normalizer,
                     step=state["gsnr_step"],
                     status=_status(state),
+                    gradient_norm=state.get("gradient_norm", 0.0),  # older states have none
+                    weight_rms=state.get("weight_rms", 0.0),
+                    factor=self._first_factor(group_index, index, state),
                 )
             )
         return rows
+
+    def _first_factor(self, group_index: int, index: int, state: dict[str, Any]) -> float:
+        """What the first informative gradient was multiplied by besides the scale."""
+        return 1.0
 
     @property
     def measurements(self) -> int:
@@ -160,6 +168,8 @@ class MeasuredScales(NamedOptimizer):
             "gsnr_count": 0,
             "gsnr_fallback": fallback,
             "gsnr_given": gsnr > 0.0,
+            "gradient_norm": 0.0,
+            "weight_rms": 0.0,
         }
 
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
@@ -217,11 +227,19 @@ class MeasuredScales(NamedOptimizer):
             elif not moment.is_zero:
                 if state["gsnr_step"] == 0:
                     first.add(param)
-                    state["gsnr_step"] = step
+                    state["gsnr_step"], state["gradient_norm"] = step, moment.norm
                 if not state["gsnr_given"]:
                     _record(state, moment, self.param_groups[group_index]["eps"])
-        self._warn_not_finite(not_finite)
+        self._note_weights([param for _, _, param in unsettled if param in first])
+        self._tell_not_measured(not_finite)
         return first, skipped
+
+    def _note_weights(self, params: list[Tensor]) -> None:
+        """Keeps the root mean square of tensors that are about to move for the first time."""
+        weights = [param.detach() for param in params]
+        moments = gradient_moments(weights) if self._pieces is None else self._pieces.weight_moments(params)
+        for param, moment in zip(params, moments, strict=True):
+            self.state[param]["weight_rms"] = moment.norm / math.sqrt(moment.count) if moment.is_finite else 0.0
 
     def _count_step(self, moments: list[GradientMoments]) -> None:
         """
@@ -291,7 +309,7 @@ class MeasuredScales(NamedOptimizer):
         # While only fallbacks were seen there is no maximum; the largest of them then keeps the scale at 1 or below.
         return group["gsnr_max"] or max((state["gsnr"] for state in self.state.values()), default=0.0) or 1.0
 
-    def _warn_not_finite(self, names: list[str]) -> None:
+    def _tell_not_measured(self, names: list[str]) -> None:
         """One warning per step, with tensors that no earlier one named."""
         new = self._new_names(names)
         if new:

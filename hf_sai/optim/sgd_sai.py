@@ -6,6 +6,7 @@ Source: arXiv 2412.11768, Algorithm 1; the authors' package `sgd-sai` 1.0.3 wher
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -17,18 +18,32 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import check_writer
-from .checks import check_choice, check_flag, check_number, check_share, check_whole
-from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
-from .lora_pairs import PAIR_POLICIES, bounded, bounded_norm, check_pairs, norm_of
+from .checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_share,
+    check_whole,
+    from_text,
+    one_of,
+    or_none,
+    refuse_unknown,
+    to_bool,
+    to_float,
+    to_int,
+)
+from .gsnr import NORMALIZATIONS, GradientMoments
+from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, first_factor, norm_of
 from .scales import SHARED, MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
-from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
+from .tensors import BLOCK_NUMEL, buffer_dtype, gradient_of, is_sharded, local
 from .zero_layout import ZeroLayoutError
 
 
 logger = logging.getLogger(__name__)
 
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# No float16: the buffer has the gradient's unit, of which float16 loses what is below 1e-7 or above 65504.
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A bf16 number has 8 bits of mantissa: a change below half of 2^-8 of it is rounded away.
 BF16_RESOLUTION = 2.0**-8
 
@@ -56,13 +71,13 @@ class SGDSaI(MeasuredScales):
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
-    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), and
-    where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
-    AdamW's. The buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over
-    memory of its own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with.
-    State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
-    came nor on parameters that a sharding library replaces after construction. `state_dict()` holds plain values and
-    tensors only.
+    State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool);
+    `gradient_norm` and `weight_rms` (float) as they were at the first informative gradient, for the report; and where
+    `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of AdamW's. The
+    buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over memory of its
+    own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with. State is made for
+    every trainable tensor in the first `step()`, so that its keys depend neither on which gradients came nor on
+    parameters that a sharding library replaces after construction. `state_dict()` holds plain values and tensors only.
 
     In a group with `paired=True`, which `hf_sai.param_groups(model, "sgd_sai", lora_policy="paired")` makes, the
     tensors are the factors A and B of LoRA in turn, and their gradients are bounded by the norm of each pair's first
@@ -102,13 +117,16 @@ class SGDSaI(MeasuredScales):
             20 s in the second step; where that can't be done, one warning, and the plain path. The result is the same
             up to rounding.
         state_dtype (`str` or `torch.dtype`, *optional*):
-            Of the momentum buffer: `"float32"`, `"bfloat16"` or `"float16"`. `None`: the parameter's.
+            Of the momentum buffer: `"float32"` or `"bfloat16"`. `None`: the parameter's, but float32 for float16
+            parameters: the buffer has the gradient's unit, and float16 loses gradients below 1e-7 and above 65504.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Rounds bf16 parameters at random instead of to the nearest, so that updates below their resolution are not
             lost. Uses torch's global random numbers.
         gsnr (iterable of rows, *optional*):
             Scales of another run instead of measuring: `report.tensors` or `gsnr_statistics()`. Parameters need names,
             the same as the rows'. A row that is pending is measured as usual.
+        lora_policy (`str`, *optional*, defaults to `"plain"`):
+            `"paired"`: every group alternates LoRA's A and B, as `hf_sai.param_groups` makes them for a model.
 
     Raises:
         `ValueError`: An option is out of its range, groups ask for different `normalize`, or `gsnr` does not fit.
@@ -140,7 +158,10 @@ class SGDSaI(MeasuredScales):
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = False,
         gsnr: Iterable[Any] | None = None,
+        lora_policy: Literal["plain", "paired"] = "plain",
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -154,11 +175,12 @@ class SGDSaI(MeasuredScales):
             "state_dtype": _dtype_name(state_dtype),
             "stochastic_rounding": stochastic_rounding,
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
-            "paired": False,
-            "lora_policy": "plain",
+            "paired": lora_policy == "paired",
+            "lora_policy": lora_policy,
             # Not options, but they decide updates and so live where state_dict() saves them.
             **SHARED,
         }
+        defaults = from_text(defaults, _FROM_TEXT)
         _check_options(defaults)
         super().__init__(params, defaults)
         if gsnr is not None:
@@ -175,6 +197,7 @@ class SGDSaI(MeasuredScales):
             `ValueError`: An option is out of its range, or `normalize` differs from the other groups'.
         """
         first = self.param_groups[0] if self.param_groups else self.defaults
+        param_group = from_text(param_group, _FROM_TEXT)
         merged = {**self.defaults, **param_group}
         merged["state_dtype"] = _dtype_name(merged["state_dtype"])
         _check_options(merged)
@@ -195,6 +218,8 @@ class SGDSaI(MeasuredScales):
         policy = "paired" if any(group.get("paired") for group in state["param_groups"]) else "plain"
         for group in state["param_groups"]:
             group.setdefault("lora_policy", policy)
+            if group.get("state_dtype") == "float16":  # older states had it; their buffers are widened
+                group["state_dtype"] = "float32"
         super().__setstate__(state)
 
     def _begin(self) -> None:
@@ -221,47 +246,37 @@ class SGDSaI(MeasuredScales):
                 "or DeepSpeed's stage 0, or leave lora_policy out"
             )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Loads what `state_dict()` gave, each momentum buffer in the dtype that it was saved in.
-
-        Raises:
-            `ValueError`: The state was written by another optimizer.
-        """
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         check_writer("SGDSaI", state_dict)
-        self._warn_of_other_options(state_dict["param_groups"])
-        super().load_state_dict(state_dict)
+
+    def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """
+        A buffer keeps the dtype that `state_dtype` asks for, or that has more digits than the parameter's. A bf16
+        checkpoint loaded into float32 parameters is widened.
+        """
+        if key != "momentum_buffer":
+            return saved.dtype
+        if _dtype_name(saved.dtype) == group.get("state_dtype") != "float16":
+            return saved.dtype
+        return buffer_dtype(torch.promote_types(saved.dtype, param.dtype))
 
     def extra_bytes(self) -> int:
         """The most that an update needs for a while: float32 copies, a block at a time."""
         found = 0
         for group_index, _, param in self._params():
             kept = self.param_groups[group_index]["state_dtype"]
-            dtypes = (param.dtype, param.dtype, STATE_DTYPES[kept] if kept else param.dtype)
+            dtypes = (param.dtype, param.dtype, STATE_DTYPES[kept] if kept else buffer_dtype(param.dtype))
             narrow = sum(dtype != torch.float32 for dtype in dtypes)
             found = max(found, narrow * 4 * min(param.numel(), BLOCK_NUMEL))
         return found
 
-    def _after_load(self, state_dict: dict[str, Any]) -> None:
-        """
-        Undoes the cast to the parameter's dtype in `torch.optim.Optimizer.load_state_dict` where it lost digits, or
-        where `state_dtype` asks for what was saved. A bf16 checkpoint loaded into float32 parameters stays widened.
-        """
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for saved_id, (group_index, _, param) in zip(saved_ids, self._params(), strict=True):
-            saved_state = state_dict["state"].get(saved_id, {})
-            if isinstance(saved_state.get("decay"), Tensor):
-                self.state[param]["decay"] = saved_state["decay"].to(device=param.device, copy=True)
-            saved = saved_state.get("momentum_buffer")
-            if saved is None or saved.dtype == param.dtype:
-                continue
-            asked_for = _dtype_name(saved.dtype) == self.param_groups[group_index]["state_dtype"]
-            if asked_for or torch.promote_types(saved.dtype, param.dtype) == saved.dtype:
-                self.state[param]["momentum_buffer"] = saved.to(device=param.device, copy=True)
-
     def _new_state(self, group_index: int, index: int) -> dict[str, Any]:
         state = super()._new_state(group_index, index)
         return {**state, "pair_norm": 0.0} if self.param_groups[group_index]["paired"] else state
+
+    def _first_factor(self, group_index: int, index: int, state: dict[str, Any]) -> float:
+        norm = state.get("pair_norm", 0.0)  # 0.0 until the pair has had a gradient
+        return first_factor(norm, state.get("gradient_norm", 0.0), is_a=index % 2 == 0) if norm else 1.0
 
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         super()._make_state(group_index, index, param)
@@ -269,7 +284,7 @@ class SGDSaI(MeasuredScales):
             self._add_buffer(self.param_groups[group_index], param)
 
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
-        dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else param.dtype
+        dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else buffer_dtype(param.dtype)
         buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         self.state[param].update(momentum_buffer=buffer, decay_ratio=0.0, decay=0.0)
 
@@ -283,13 +298,25 @@ class SGDSaI(MeasuredScales):
     ) -> None:
         """Updates tensors of a group."""
         options = (group["maximize"], group["stochastic_rounding"])
+        ready = [each for each in params if each.grad is not None and not (skipped and each in skipped)]
+        before: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        found = self._find_not_finite(
+            [gradient_of(param) for param in ready],
+            lambda index: self._name_in(group, ready[index]),
+            lambda index: functools.partial(self._put_back, *before.setdefault(index, (ready[index], {}))),
+        )
         paired = self._paired_gradients(group) if group["paired"] else {}
         # By what a tensor can need: an update without momentum, a buffer that starts, a buffer that goes on.
         plain, starting, moving = (Batch(weight, *options) for weight in (1.0, 1.0, 1.0 - group["momentum"]))
-        for param in params:
-            if param.grad is None or (skipped and param in skipped):
+        for index, param in enumerate(ready):
+            if index in found.bad:
                 continue
             state = self.state[param]
+            if index in before:
+                kept = {key: state[key] for key in _OF_BUFFER if key in state}
+                if isinstance(kept.get("decay"), Tensor):  # which is written in place
+                    kept["decay"] = kept["decay"].clone()
+                before[index][1].update(kept)
             scale = state["gsnr"] / normalizer
             batch = moving if scale and group["momentum"] else plain
             if batch is moving:
@@ -299,12 +326,27 @@ class SGDSaI(MeasuredScales):
                 elif first and param in first:
                     batch = starting  # m_1 = g_1
                 batch.buffers.append(local(state["momentum_buffer"]))
+            elif state.get("decay_ratio"):
+                _unfold_decay(state, param)
             batch.params.append(local(param))
             batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
             batch.coefficients.append(next_coefficients(group, state, scale, starts=batch is starting))
+            if index in found.on_device:
+                batch.found.append(found.on_device[index])
         for batch in (plain, starting, moving):
             if batch.params:
                 update(batch, group["foreach"], group["fused"])
+
+    def _name_in(self, group: dict[str, Any], param: Tensor) -> str:
+        group_index = next(index for index, each in enumerate(self.param_groups) if each is group)
+        return self._name(group_index, next(index for index, each in enumerate(group["params"]) if each is param))
+
+    def _put_back(self, param: Tensor, before: dict[str, Any]) -> None:
+        """Gives a tensor the plain values of before a step that its update did not make; a buffer that began goes."""
+        state = self.state[param]
+        for key in _OF_BUFFER:
+            state.pop(key, None)
+        state.update(before)
 
     def _paired_gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """The gradients of LoRA's factors, bounded by the norm of each pair's first, which is kept."""
@@ -318,11 +360,13 @@ class SGDSaI(MeasuredScales):
             states = [state for param in pair if (state := self.state.get(param))]  # none of a frozen factor
             norm = max((state["pair_norm"] for state in states), default=0.0)
             if not norm:
-                norm = max((norm_of(param.grad) for param in pair if param.grad is not None), default=0.0)
-            if not 0.0 < norm < math.inf:
-                continue  # zero, or not finite: nothing is known of the pair yet, and it is not moved
-            for state in states:
-                state["pair_norm"] = norm
+                norms = [norm_of(param.grad) for param in pair if param.grad is not None]
+                norm = max((each for each in norms if math.isfinite(each)), default=0.0)
+                if not norm:
+                    continue  # all are zero, or not finite: none is moved by its gradient
+                if all(map(math.isfinite, norms)):  # else the other factor is bounded by itself, and the pair waits
+                    for state in states:
+                        state["pair_norm"] = norm
             for index, param in enumerate(pair):
                 if param.grad is not None:
                     found[param] = bounded(param.grad, norm, is_a=index == 0)
@@ -337,7 +381,7 @@ class SGDSaI(MeasuredScales):
         norm = self.state[param]["pair_norm"]
         if not norm:
             norm = max(moments.norm, norm_of(other.grad) if other.grad is not None else 0.0)
-        return bounded_norm(moments.norm, norm, is_a=index % 2 == 0)
+        return moments.norm * first_factor(norm, moments.norm, is_a=index % 2 == 0)
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
@@ -352,14 +396,13 @@ class SGDSaI(MeasuredScales):
         ]
         stuck = []
         normalizer = self._normalizer()
-        for (group, name, param, moment), values in zip(
-            bf16, gradient_moments([param.detach() for _, _, param, _ in bf16]), strict=True
-        ):
+        for group, name, param, moment in bf16:
+            size = self.state[param]["weight_rms"] * math.sqrt(param.numel())
             peak = float(self.param_groups[group].get("initial_lr", self.param_groups[group]["lr"]))
             norm = 1.0 if self.param_groups[group]["paired"] else moment.norm
             move = peak * self.state[param]["gsnr"] / normalizer * norm
-            if 0.0 < move < BF16_RESOLUTION * values.norm:
-                stuck.append((move / values.norm, name))
+            if 0.0 < move < BF16_RESOLUTION * size:
+                stuck.append((move / size, name))
         if stuck:
             self.__dict__["_warned_bf16"] = True
             logger.warning(
@@ -373,9 +416,35 @@ class SGDSaI(MeasuredScales):
             )
 
 
+# What a tensor's state has because of its momentum buffer.
+_OF_BUFFER = ("momentum_buffer", "decay_ratio", "decay")
+
+
+def _unfold_decay(state: dict[str, Any], param: Tensor) -> None:
+    """
+    Leaves the plain `m` in a buffer that waits while momentum is 0: `M = m + c p` holds for the `p` of before the last
+    step, which is `p + s M` now (see `hf_sai/optim/sgd_update.py`).
+    """
+    buffer, ratio, decay = local(state["momentum_buffer"]), state["decay_ratio"], state["decay"]
+    wide = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+    buffer.copy_(wide * (1.0 - decay) - local(param).to(wide.dtype) * ratio)
+    state["decay_ratio"] = 0.0
+    state["decay"] = torch.zeros_like(decay) if isinstance(decay, Tensor) else 0.0
+
+
 def _dtype_name(dtype: Any) -> Any:
     """`torch.bfloat16` as `"bfloat16"`: a group holds plain values."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+_FROM_TEXT = {
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps"), to_float),
+    **dict.fromkeys(("foreach", "fused"), or_none(to_bool)),
+    "normalize": one_of(*NORMALIZATIONS),
+    "measure_steps": to_int,
+    "state_dtype": or_none(one_of(*STATE_DTYPES)),
+    "lora_policy": one_of(*PAIR_POLICIES),
+}
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -393,4 +462,7 @@ def _check_options(options: dict[str, Any]) -> None:
         check_flag(name, options[name], optional=True)
     if options["foreach"] and options["fused"]:
         raise ValueError("foreach and fused must not both be True, but they are; set one, or none to let it choose")
-    check_choice("state_dtype", options["state_dtype"], STATE_DTYPES, "None keeps the parameter's", optional=True)
+    kept = "None keeps the parameter's"
+    if options["state_dtype"] == "float16":
+        kept = "float16 loses gradients below 1e-7 and above 65504, bfloat16 takes as little memory"
+    check_choice("state_dtype", options["state_dtype"], STATE_DTYPES, kept, optional=True)

@@ -72,7 +72,7 @@ def next_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float
     """
     momentum, weight_decay = group["momentum"], group["weight_decay"]
     on_device = isinstance(group["lr"], Tensor)
-    lr = group["lr"].detach() if on_device else float(group["lr"])
+    lr = group["lr"].detach().reshape(()) if on_device else float(group["lr"])
     if not scale or not momentum:
         scale = scale or 1.0
         return Coefficients(0.0, weight_decay / scale, lr * scale)
@@ -85,7 +85,7 @@ def next_coefficients(group: dict[str, Any], state: dict[str, Any], scale: float
         coefficients = Coefficients(momentum * (1.0 - decay), pull, lr * scale)
     state["decay_ratio"] = ratio
     if on_device:
-        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(group["lr"])
+        state["decay"] = decay if isinstance(decay, Tensor) else torch.empty_like(lr)  # type: ignore[arg-type]
         state["decay"].copy_(lr).mul_(weight_decay)
     else:
         state["decay"] = lr * weight_decay
@@ -105,6 +105,8 @@ class Batch:
         grads (`list[torch.Tensor]`): Read. Shapes of `params`.
         buffers (`list[torch.Tensor]`): Written; of all tensors or of none. Shapes of `params`, any floating dtype.
         coefficients (`list[Coefficients]`): One per tensor.
+        found (`list[torch.Tensor]`): Float32 numbers without dimensions on the tensors' devices; where one is not 0,
+            that tensor and its buffer stay as they are. Of all tensors or of none.
     """
 
     weight: float
@@ -114,6 +116,7 @@ class Batch:
     grads: list[Tensor] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
+    found: list[Tensor] = field(default_factory=list)
 
     def take(self, indices: Sequence[int]) -> Batch:
         """A batch of some of the tensors."""
@@ -125,6 +128,7 @@ class Batch:
             [self.grads[i] for i in indices],
             [self.buffers[i] for i in indices] if self.buffers else [],
             [self.coefficients[i] for i in indices],
+            [self.found[i] for i in indices] if self.found else [],
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Coefficients]]:
@@ -173,6 +177,8 @@ def _path(
         and not torch.compiler.is_compiling()  # the compiler then fuses by itself
     )
     can_compile = buffer is not None and not batch.stochastic_rounding and not _compile_failed
+    if batch.found:  # neither foreach nor what is compiled here can leave one of the tensors alone
+        return "fused" if can_fuse and native else "single"
     if fused and can_fuse and not native and can_compile and param.numel() >= COMPILED_NUMEL:
         return "compiled"
     if fused is None:
@@ -232,7 +238,7 @@ def _one_pass(param: Tensor, grad: Tensor, buffer: Tensor, row: Tensor) -> None:
 def _fused(batch: Batch) -> None:
     kernel = torch._fused_sgd_
     starting = batch.weight == 1.0
-    for param, grad, buffer, c in batch:
+    for index, (param, grad, buffer, c) in enumerate(batch):
         kernel(
             [param],
             [grad],
@@ -244,6 +250,7 @@ def _fused(batch: Batch) -> None:
             nesterov=False,
             maximize=batch.maximize,
             is_first_step=starting,
+            found_inf=batch.found[index] if batch.found else None,
         )
 
 
@@ -301,11 +308,14 @@ def _sublists(params: list[Tensor]) -> Iterator[list[int]]:
 
 def _single(batch: Batch) -> None:
     """Native precision needs no temporary and goes in one piece; the rest in blocks, to keep temporaries small."""
-    for param, grad, buffer, coefficients in batch:
+    for index, (param, grad, buffer, coefficients) in enumerate(batch):
         tensors: tuple[Tensor, ...] = (param, grad) if buffer is None else (param, grad, buffer)
         native = param.dtype in _NATIVE and all(tensor.dtype == param.dtype for tensor in tensors)
         for block in [tensors] if native else blocks(tensors, BLOCK_NUMEL):
+            before = [tensor.clone() for tensor in (block[0], *block[2:])] if batch.found else []
             _step(batch, coefficients, *block)
+            for tensor, old in zip((block[0], *block[2:]), before, strict=False):
+                tensor.copy_(torch.where(batch.found[index] > 0, old, tensor))
 
 
 def _step(batch: Batch, c: Coefficients, param: Tensor, grad: Tensor, buffer: Tensor | None = None) -> None:

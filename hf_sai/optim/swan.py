@@ -7,6 +7,7 @@ Source: Ma, Gong, Scetbon, Meeds, "SWAN: SGD with Normalization and Whitening En
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -18,13 +19,27 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
-from .base import NamedOptimizer, check_writer
-from .checks import check_choice, check_flag, check_number, check_share, check_whole
+from .base import NamedOptimizer, check_writer, undisturbed
+from .checks import (
+    check_betas,
+    check_choice,
+    check_flag,
+    check_number,
+    check_share,
+    check_whole,
+    from_text,
+    one_of,
+    or_none,
+    refuse_unknown,
+    to_float,
+    to_int,
+    to_pair,
+)
 from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
 from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
-from .tensors import check_gradient, gradient_of, is_sharded, local
-from .whitening import Method, check_whitening, swan_direction
+from .tensors import buffer_dtype, check_gradient, gradient_of, is_sharded, local
+from .whitening import METHODS, Method, check_whitening, swan_direction
 from .zero_swan import move_pieces
 
 
@@ -114,6 +129,7 @@ class SWAN(NamedOptimizer):
     """
 
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
+    _per_tensor = ("routes",)
 
     def __init__(
         self,
@@ -132,7 +148,9 @@ class SWAN(NamedOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         max_batch_bytes: int | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         defaults = {
             "lr": lr,
             "whitening": whitening,
@@ -153,6 +171,7 @@ class SWAN(NamedOptimizer):
             "split_qkv": False,
             "target_modules": None,
         }
+        defaults = from_text(defaults, _FROM_TEXT)
         _check_options(defaults)
         super().__init__(params, defaults)
 
@@ -167,22 +186,14 @@ class SWAN(NamedOptimizer):
         Raises:
             `ValueError`: An option is out of its range, or a route does not fit.
         """
-        merged = {**self.defaults, **param_group}
-        _check_options(merged)
-        super().add_param_group({**param_group, "params": self._with_names(param_group["params"])})
-        group = self.param_groups[-1]
-        if "routes" not in group:
-            group["routes"], group["reasons"] = routes_of_group(group)
-        group.setdefault("reasons", [""] * len(group["routes"]))
-        if len(group["routes"]) != len(group["params"]):
-            self.param_groups.pop()
-            raise ValueError(
-                f"a group must have one route per parameter but has {len(group['routes'])} for "
-                f"{len(group['params'])}; leave them out, or take what hf_sai.param_groups gives"
-            )
-        for route in group["routes"]:
-            if route != ADAM:
-                layout_of(route)
+        group = from_text(param_group, _FROM_TEXT)
+        _check_options({**self.defaults, **group})
+        super().add_param_group({**group, "params": self._with_names(param_group["params"])})
+        try:
+            _complete_routes(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()  # as if it had not come
+            raise
 
     def routes(self) -> list[Route]:
         """Where each parameter goes and why, in the order of the groups."""
@@ -221,40 +232,30 @@ class SWAN(NamedOptimizer):
         copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
         return max(self.whitening_bytes(one_at_a_time), copies)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Loads what `state_dict()` gave, Adam's moments in float32 whatever the parameters' dtype.
-
-        Raises:
-            `ValueError`: The state was written by another optimizer.
-        """
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         check_writer("SWAN", state_dict)
-        self._warn_of_other_options(state_dict["param_groups"])
-        super().load_state_dict(state_dict)
 
-    def _after_load(self, state_dict: dict[str, Any]) -> None:
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for saved_id, (_, _, param) in zip(saved_ids, self._params(), strict=True):
-            saved_state = state_dict["state"].get(saved_id, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                saved = saved_state.get(key)
-                if saved is not None and self.state[param][key].dtype != torch.promote_types(saved.dtype, param.dtype):
-                    self.state[param][key] = saved.to(device=param.device, copy=True)
+    def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Adam's moments have at least float32, whatever the parameters have; a momentum buffer is as it is made."""
+        if key in ("exp_avg", "exp_avg_sq"):
+            return torch.promote_types(torch.promote_types(saved.dtype, param.dtype), torch.float32)
+        return buffer_dtype(param.dtype) if key == "momentum_buffer" else torch.float32
 
     def _begin(self) -> None:
-        self._warn_not_finite()
+        """Nothing is measured before the first tensor moves."""
 
     def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
         self._update(places if self._pieces is None else move_pieces(self, list(places), _directions_of, _elements))
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
-        self._update([(group_index, index, param)])
+        with undisturbed():
+            self._update([(group_index, index, param)])
         return True
 
     def _update(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
         """Updates those of some parameters that have a gradient."""
         batches: dict[Any, list[_Matrix]] = {}
-        rest: dict[int, AdamBatch] = {}
+        rest: list[tuple[int, str, Tensor]] = []
         for group_index, index, param in places:
             group = self.param_groups[group_index]
             if param.requires_grad or param.grad is not None:
@@ -264,15 +265,14 @@ class SWAN(NamedOptimizer):
             name = self._name(group_index, index)
             check_gradient(param, name, type(self).__name__)
             if group["routes"][index] == ADAM:
-                self._collect_for_adam(rest.setdefault(group_index, AdamBatch()), param)
+                rest.append((group_index, name, param))
                 continue
             matrix = _Matrix(group, name, param, gradient_of(param), layout_of(group["routes"][index]))
             batches.setdefault(_batch_key(matrix), []).append(matrix)
         for matrices in batches.values():
             for batch in _chunks(matrices):
                 self._whiten(batch)
-        for group_index, adam_batch in rest.items():
-            _adam(self.param_groups[group_index], adam_batch)
+        self._update_by_adam(rest)
 
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         """
@@ -284,10 +284,20 @@ class SWAN(NamedOptimizer):
             for_adam = self.param_groups[group_index]["routes"][index] == ADAM
             state.update(new_adam_state(param) if for_adam else {"step": 0})
 
-    def _collect_for_adam(self, batch: AdamBatch, param: Tensor) -> None:
-        state = self.state[param]
-        moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
-        batch.append(local(param), local(gradient_of(param)), *moments, state["step"])
+    def _update_by_adam(self, places: list[tuple[int, str, Tensor]]) -> None:
+        """Group index, name and tensor of those that Adam updates; one whose gradient is not finite stays."""
+        found = self._find_not_finite([gradient_of(param) for *_, param in places], lambda index: places[index][1])
+        batches: dict[tuple[int, bool], tuple[AdamBatch, list[Tensor]]] = {}
+        for index, (group_index, _, param) in enumerate(places):
+            if index in found.bad:
+                continue
+            state, flag = self.state[param], found.on_device.get(index)
+            batch, flags = batches.setdefault((group_index, flag is None), (AdamBatch(), []))
+            moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
+            batch.append(local(param), local(gradient_of(param)), *moments, state["step"])
+            flags += [] if flag is None else [flag]
+        for (group_index, _), (batch, flags) in batches.items():
+            _adam(self.param_groups[group_index], batch, flags)
 
     def _whiten(self, batch: list[_Matrix]) -> None:
         """Whitens matrices of one shape together, and moves the parameters."""
@@ -310,7 +320,8 @@ class SWAN(NamedOptimizer):
         for index, matrix in enumerate(batch):
             kept = None if finite is None else finite[index]
             _move(matrix, updates[index], kept)
-            self.state[matrix.param]["step"] += 1
+            if kept is None or kept.device.type != "cpu" or bool(kept):
+                self.state[matrix.param]["step"] += 1
 
     def _running_means(self, batch: list[_Matrix], grads: Tensor, finite: Tensor | None) -> Tensor:
         """The momentum buffers after these gradients, stacked; one whose gradient is not finite stays as it is."""
@@ -318,47 +329,58 @@ class SWAN(NamedOptimizer):
         for index, matrix in enumerate(batch):
             state, weight = self.state[matrix.param], 1.0 - matrix.group["momentum"]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(matrix.param, memory_format=torch.preserve_format)
+                dtype = buffer_dtype(matrix.param.dtype)
+                empty = torch.zeros_like(matrix.param, dtype=dtype, memory_format=torch.preserve_format)
+                state["momentum_buffer"] = empty
                 weight = 1.0
             buffer = local(state["momentum_buffer"])
-            buffer.lerp_(grads[index], weight if finite is None else weight * finite[index].to(buffer.dtype))
+            buffer.lerp_(
+                grads[index].to(buffer.dtype), weight if finite is None else weight * finite[index].to(buffer.dtype)
+            )
             means.append(buffer)
         return torch.stack(means)
 
     def _finite(self, batch: list[_Matrix], grads: Tensor, sharding: Sharding | None) -> Tensor | None:
         """Per tensor of the batch whether its gradient is finite; `None` where all are, and that can be read."""
         # The largest absolute value is finite only if all are; one pass, no mask the size of the gradients.
-        finite = torch.linalg.vector_norm(grads.flatten(1), ord=math.inf, dim=1).isfinite()
+        wide = grads.flatten(1)  # of a rank that holds no row, nothing: the largest of it is 0
+        largest = torch.linalg.vector_norm(wide, ord=math.inf, dim=1) if wide.shape[1] else wide.new_zeros(len(wide))
+        finite = largest.isfinite()
         if sharding is not None:
             finite = sharding.everywhere(finite)
-        return self._tell_of([matrix.name for matrix in batch], finite)
+        states = [self.state[matrix.param] for matrix in batch]
+        return self._tell_of([matrix.name for matrix in batch], finite, states)
 
-    def _tell_of(self, names: list[str], finite: Tensor) -> Tensor | None:
+    def _tell_of(self, names: list[str], finite: Tensor, states: list[dict[str, Any]]) -> Tensor | None:
         """The flags, or `None` where all are set and that can be read; has those that are not told of."""
         if finite.device.type == "cpu":
             if bool(finite.all()):
                 return None
             self._tell_not_finite([name for name, good in zip(names, finite.tolist(), strict=True) if not good])
             return finite
-        there = torch.empty(finite.shape, dtype=torch.bool, device="cpu", pin_memory=finite.device.type == "cuda")
-        there.copy_(finite, non_blocking=True)
-        self.__dict__.setdefault("_pending_checks", []).append((names, there))
+        undo = [functools.partial(_count_back, state) for state in states]
+        self._late_news.send(finite.logical_not(), list(zip(names, undo, strict=True)))
         return finite
 
-    def _warn_not_finite(self) -> None:
-        """Reads what the step before left to be read; by now it has arrived."""
-        for names, finite in self.__dict__.pop("_pending_checks", []):
-            bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-            if bad:
-                self._tell_not_finite(bad)
 
-    def _tell_not_finite(self, names: list[str]) -> None:
-        """One warning per step, with tensors that no earlier one named."""
-        new = self._new_names(names)
-        if new:
-            logger.warning(
-                "The gradient of %s has inf or NaN: not updated in this step, nor in later ones like it.", new
-            )
+def _count_back(state: dict[str, Any]) -> None:
+    state["step"] -= 1
+
+
+def _complete_routes(group: dict[str, Any]) -> None:
+    """Gives a group the routes that it lacks, and checks those that it has."""
+    if "routes" not in group:
+        group["routes"], group["reasons"] = routes_of_group(group)
+    group.setdefault("reasons", [""] * len(group["routes"]))
+    if not len(group["routes"]) == len(group["reasons"]) == len(group["params"]):
+        raise ValueError(
+            f"a group must have one route per parameter but has {len(group['routes'])} for "
+            f"{len(group['params'])}, and {len(group['reasons'])} reasons; leave them out, or take what "
+            "hf_sai.param_groups gives"
+        )
+    for route in group["routes"]:
+        if route != ADAM:
+            layout_of(route)
 
 
 def _batch_key(matrix: _Matrix) -> Any:
@@ -416,11 +438,12 @@ def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:
         param.copy_(wide)
 
 
-def _adam(group: dict[str, Any], batch: AdamBatch) -> None:
+def _adam(group: dict[str, Any], batch: AdamBatch, found: list[Tensor]) -> None:
     ratio = group["adam_lr_ratio"]
     adam_update(
         batch,
         group["stochastic_rounding"],
+        found,
         lr=float(group["lr"]) * ratio,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -428,6 +451,16 @@ def _adam(group: dict[str, Any], batch: AdamBatch) -> None:
         weight_decay=group["weight_decay"] / ratio,
         maximize=group["maximize"],
     )
+
+
+_FROM_TEXT = {
+    **dict.fromkeys(("lr", "scale", "adam_lr_ratio", "eps", "weight_decay", "momentum"), to_float),
+    **dict.fromkeys(("ns_steps", "max_batch_bytes"), or_none(to_int)),
+    "betas": to_pair,
+    "whitening": one_of(*METHODS),
+    "whitening_dtype": one_of(*WHITENING_DTYPES),
+    "lora_whitening": or_none(one_of(*LORA_POLICIES)),
+}
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -438,9 +471,7 @@ def _check_options(options: dict[str, Any]) -> None:
         check_number(name, options[name], "the default is 3.0", positive=True)
     check_whitening(options["whitening"], options["ns_steps"])
     check_choice("whitening_dtype", options["whitening_dtype"], WHITENING_DTYPES, "float32 keeps all digits")
-    betas = options["betas"]
-    if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
-        raise ValueError(f"betas must be two numbers in [0, 1) but is {betas!r}; the default is (0.9, 0.999)")
+    check_betas(options["betas"])
     check_share("momentum", options["momentum"], "the paper has none, 0.0")
     for name in ("maximize", "stochastic_rounding"):
         check_flag(name, options[name])

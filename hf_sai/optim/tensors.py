@@ -25,6 +25,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """
+    Of a momentum buffer beside a parameter of that dtype: the same, but float32 for float16. A buffer has the
+    gradient's unit, and float16 ends at 6e-8 and at 65504.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def gradient_of(param: Tensor) -> Tensor:
     """The gradient; of a DTensor, laid out over the ranks as the parameter is."""
     grad = param.grad

@@ -109,6 +109,18 @@ class ZeroPieces:
         local = torch.stack([local[:, 0], local[:, 1] * units, local[:, 2] * units.square()], dim=-1)
         norms = (local[:, 2] + local[:, 0] * local[:, 1].square()).sqrt()
         self._measured = dict(zip(pieces, norms.tolist(), strict=True))
+        return self._whole_moments(pieces, local)
+
+    def weight_moments(self, views: list[Tensor]) -> list[GradientMoments]:
+        """The same of whole parameters."""
+        if not views:
+            return []
+        return self._whole_moments(
+            [self.pieces[view] for view in views], torch.stack([local_moments(view.detach()) for view in views])
+        )
+
+    def _whole_moments(self, pieces: list[Piece], local: Tensor) -> list[GradientMoments]:
+        """From a table of what this rank holds, those of all ranks together."""
         local = local.to(self.zero.device())
         tables = [torch.empty_like(local) for _ in range(dist.get_world_size(self.zero.process_group))]
         dist.all_gather(tables, local, group=self.zero.process_group)

@@ -78,7 +78,8 @@ def move_pieces(
         return to_adam
     gradients = [gradient_of(param) for _, _, param in found]
     flags = finite_everywhere(gradients, pieces)
-    optimizer._tell_of([optimizer._name(group, index) for group, index, _ in found], flags)
+    names = [optimizer._name(group, index) for group, index, _ in found]
+    optimizer._tell_of(names, flags, [optimizer.state[param] for _, _, param in found])
     matrices = []
     for (group_index, index, param), source, finite in zip(found, gradients, flags, strict=True):
         group, state = groups[group_index], optimizer.state[param]

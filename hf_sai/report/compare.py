@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, TypeVar
 
+from ..optim.registry import get_record, list_records
 from .data import ReportData
 from .rows import TensorRow
 from .schema import ReportError
@@ -147,6 +148,7 @@ def _notes(first: ReportData, second: ReportData, normalizations: list[Any]) -> 
             f"The runs normalise differently (first {normalizations[0]}, second {normalizations[1]}): "
             f"{' and '.join(how)}. g-SNR is compared here, and the learning rate of the one is not one for the other."
         )
+    notes += _other_options(first, second)
     rates = [report.learning_rate for report in (first, second)]
     batches = [report.run.get("effective_batch_size") for report in (first, second)]
     if rates[0] != rates[1]:
@@ -154,6 +156,33 @@ def _notes(first: ReportData, second: ReportData, normalizations: list[Any]) -> 
     if batches[0] != batches[1] and None not in batches:
         notes.append(f"The batch that was measured is {batches[0]} in the first run and {batches[1]} in the second.")
     return notes
+
+
+_MEANING = {
+    "lora_policy": ": pairs are trained on bounded gradients, so that equal scales are no equal steps, and the "
+    "learning rate of the one is not one for the other"
+}
+
+
+def _other_options(first: ReportData, second: ReportData) -> list[str]:
+    """
+    A sentence for each option that differs, but for `normalize`, which has one of its own. An older report lacks some:
+    it is then taken for the default, as it was.
+    """
+    notes = []
+    for name in dict.fromkeys([*first.options, *second.options]):
+        values = [_option(report, name) for report in (first, second)]
+        if values[0] != values[1] and name != "normalize":
+            more = _MEANING.get(name, "")
+            notes.append(f"{name} is {values[0]} in the first run and {values[1]} in the second{more}.")
+    return notes
+
+
+def _option(report: ReportData, name: str) -> Any:
+    if name in report.options or not any(record.name == report.optimizer for record in list_records()):
+        return report.options.get(name)
+    record = get_record(report.optimizer)
+    return record.default(name) if any(option.name == name for option in record.options) else None
 
 
 def _plain(row: DiffRow) -> dict[str, Any]:

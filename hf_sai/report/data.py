@@ -27,7 +27,8 @@ class ReportData:
 
     Args:
         optimizer (`str`): Registered name, such as `"sgd_sai"`.
-        options (`dict`): The options that ran, typed: `momentum`, `eps`, `normalize`, ...
+        options (`dict`): The options that ran, typed: `momentum`, `eps`, `normalize`, ..., and what chose the groups:
+            `lora_policy` or `lora_whitening`, `split_qkv`, and where it was set `target_modules`.
         learning_rate (`float`): Peak learning rate, the largest of the groups.
         weight_decay (`float`): The largest of the groups.
         gsnr_max (`float`): Largest g-SNR of the model, as fixed by the first measuring step; 0.0 before.
@@ -76,9 +77,7 @@ class ReportData:
         peak = [float(group.get("initial_lr", group["lr"])) for group in groups]
         return cls(
             optimizer=record.name,
-            options={
-                option.name: _plain(groups[0][option.name]) for option in record.options if option.name in groups[0]
-            },
+            options=_options(record, groups[0]),
             learning_rate=max(peak),
             weight_decay=max(group["weight_decay"] for group in groups),
             gsnr_max=groups[0].get("gsnr_max", 0.0),
@@ -159,15 +158,16 @@ class ReportData:
         return entries
 
     def learning_rate_range(self, rows: Sequence[TensorRow]) -> tuple[float, float] | None:
-        """Lowest and highest learning rate of some tensors, scale and schedule included; `None` while all pend."""
+        """Lowest and highest learning rate of some tensors, schedule included; `None` while all pend."""
         peaks = [row.learning_rate for row in rows if row.settled]
         low, high = self.schedule if len(self.schedule) == 2 else (1.0, 1.0)
         return (min(peaks) * low, max(peaks) * high) if peaks else None
 
     def by_kind(self) -> list[dict[str, Any]]:
         """
-        One entry per kind of tensor: number, shape, steps, status, medians of scale, ratio and learning rate over the
-        tensors that are not pending, and the range of the learning rate ([`ReportData.learning_rate_range`]).
+        One entry per kind of tensor: number, shape, steps, status, and over the tensors that are not pending medians
+        of scale, ratio, learning rate, first update and what it moved the weights by (0.0 where not known), and the
+        range of the learning rate ([`ReportData.learning_rate_range`]).
         """
         return [{"kind": kind, **self._entry(rows)} for kind, rows in grouped(self.tensors, "kind").items()]
 
@@ -185,6 +185,8 @@ class ReportData:
             "ratio": median(row.gsnr_over_sqrt_numel for row in settled),
             "learning_rate": median(row.learning_rate for row in settled),
             "learning_rate_range": self.learning_rate_range(rows),
+            "update_rms": median(row.update_rms for row in settled if row.update_rms),
+            "moved": median(row.moved for row in settled if row.moved),
             "steps": sorted({row.step for row in settled}),
             "status": ", ".join(sorted({row.status for row in rows})),
         }
@@ -241,6 +243,13 @@ def _record_of(optimizer: Any) -> OptimizerRecord:
     )
 
 
+def _options(record: OptimizerRecord, group: dict[str, Any]) -> dict[str, Any]:
+    """What a group holds of the record's options, and the modules that the run was limited to."""
+    found = {option.name: _plain(group[option.name]) for option in record.options if option.name in group}
+    targets = group.get("target_modules")
+    return found if targets is None else {**found, "target_modules": _plain(targets)}
+
+
 def _plain(value: Any) -> Any:
     """As JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value
@@ -278,7 +287,11 @@ def _read_groups(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
     for index, group in enumerate(optimizer.param_groups):
         options = {name: group[name] for name in names if name in group}
         reason = ", ".join(f"{name}={value}" for name, value in {"lr": peaks[index], **options}.items())
-        params = zip(group.get("param_names") or ["unnamed"] * len(group["params"]), group["params"], strict=True)
+        params = zip(
+            group.get("param_names") or [f"group{index}.{i}" for i in range(len(group["params"]))],
+            group["params"],
+            strict=True,
+        )
         rows += [route_row(name, param, f"group {index}", reason) for name, param in params if param.requires_grad]
     return {"tensors": [], "routes": rows}
 

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..optim.lora_pairs import A_RATE
+from ..optim.registry import get_record
 from ..optim.routing import ADAM
 from .data import ReportData
+from .quantities import FROM_ZERO, UPDATE, moved_text, quantity_of
 from .rows import RouteRow, TensorRow, format_shape
 from .schema import STATUSES
 
 
 Fact = tuple[str, str]
 Cell = tuple[str, Any]  # text, and what a column sorts by
+ORIGIN = ("model", "date", "repository")  # facts of the run that stand in a title
+FACTOR = "factor"
 
 
 @dataclass(frozen=True)
@@ -28,24 +33,65 @@ def facts(report: ReportData) -> list[Fact]:
     """The numbers that matter first, each with its name."""
     state = f"{format_bytes(report.state_bytes)} (AdamW: {format_bytes(report.adamw_state_bytes)})"
     counted = ", ".join(text for text, _ in words_of(report).counts(report))
-    found = [
-        ("learning rate (peak)", f"{report.learning_rate:g}"),
-        ("weight decay", f"{report.weight_decay:g}"),
-        ("tensors", counted or "0"),
-    ]
-    rates = report.learning_rate_range(report.settled)
-    if rates is not None:
-        scales = [row.scale for row in report.settled]
-        ratios = [row.gsnr_over_sqrt_numel for row in report.settled]
-        found.append(("scale", span(min(scales), max(scales))))
-        found.append(("g-SNR / sqrt(numel)", span(min(ratios), max(ratios))))
-        found.append(("learning rate x scale", span(*rates)))
+    found = [*rates(report), ("tensors", counted or "0")]
+    ends = report.learning_rate_range(report.settled)
+    if ends is not None:
+        found.append(("learning rate of a tensor", span(*ends)))
+        for name, values in (
+            ("update / weight", [row.moved for row in report.settled if row.moved]),
+            ("update (RMS)", [row.update_rms for row in report.settled if row.update_rms]),
+            ("scale", [row.scale for row in report.settled]),
+            ("g-SNR / sqrt(numel)", [row.gsnr_over_sqrt_numel for row in report.settled]),
+        ):
+            if values:
+                found.append((name, span(min(values), max(values))))
     return [*found, ("optimizer state", state)]
+
+
+def rates(report: ReportData) -> list[Fact]:
+    """What hosts have fields for."""
+    return [("learning rate (peak)", f"{report.learning_rate:g}"), ("weight decay", f"{report.weight_decay:g}")]
+
+
+def batch(report: ReportData) -> list[Fact]:
+    """What the scales were measured on, or a step is of."""
+    size = report.run.get("effective_batch_size")
+    return [] if size is None else [(words_of(report).batch, str(size))]
+
+
+def chosen(report: ReportData) -> dict[str, Any]:
+    """The options that are not the optimizer's defaults, as a report holds them."""
+    record = get_record(report.optimizer)
+    defaults = {option.name: record.default(option.name) for option in record.options}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    return {name: value for name, value in report.options.items() if name not in plain or value != plain[name]}
+
+
+def ratio_sentence(report: ReportData) -> str:
+    """How g-SNR compares with the size of the tensors."""
+    ratios = [row.gsnr_over_sqrt_numel for row in report.settled]
+    between = f"between {min(ratios):.3g} and {max(ratios):.3g}" if ratios else "not known yet"
+    return f"mostly the size of the tensor: divided by sqrt(numel) it is {between} here."
+
+
+def status_sentence(report: ReportData) -> str:
+    """What is pending or a fallback; empty where nothing is."""
+    sentences = {
+        "fallback": "Tensors of one element or with a constant gradient, whose scale is sqrt(numel): {}.",
+        "pending": "Tensors that never had a gradient to measure, and did not train: {}.",
+    }
+    counts = {status: len(report.by_status(status)) for status in sentences}
+    return " ".join(sentences[status].format(count) for status, count in counts.items() if count)
 
 
 def settings(report: ReportData) -> list[Fact]:
     """The options that ran and the facts of the run."""
-    return [(name, str(value)) for name, value in {**report.options, **report.run}.items()]
+    return [(name, str(value)) for name, value in {**report.options, **report.run}.items() if name not in ORIGIN]
+
+
+def origin(report: ReportData) -> str:
+    """What was trained, when, and where it went, as far as the run says it."""
+    return ", ".join(str(report.run[name]) for name in ORIGIN if report.run.get(name))
 
 
 def history_table(report: ReportData) -> Table:
@@ -75,6 +121,7 @@ class Groups:
     """The words of rows that say a group: plain, and right for any optimizer."""
 
     heading = "Group"
+    batch = "effective batch size"
     # of the first table, for a terminal: column, title there, width (negative: to the right)
     layout: tuple[tuple[str, str, int], ...] = (
         ("kind", "tensors", 32),
@@ -108,6 +155,10 @@ class Groups:
         """Whether a row is drawn in the second colour."""
         return False
 
+    def layout_of(self, report: ReportData) -> tuple[tuple[str, str, int], ...]:
+        """`layout`, with the columns that fit the report."""
+        return self.layout
+
     def tables(self, report: ReportData) -> list[Table]:
         """The rows summed up."""
         rows = [
@@ -126,9 +177,9 @@ class Groups:
         style = "adam" if any(map(self.is_second, rows)) else "whitened"
         return style, "\n".join(f"{row.name}: {row.route}, {row.reason}" for row in rows[:4])
 
-    def note(self, report: ReportData) -> str:
-        """Under the table of all tensors."""
-        return ""
+    def explanations(self, report: ReportData) -> dict[str, str]:
+        """What the columns mean, by their titles; and under a name of its own what else must be known."""
+        return {}
 
 
 class Routes(Groups):
@@ -153,25 +204,41 @@ class Routes(Groups):
     def is_second(self, row: RouteRow | TensorRow) -> bool:
         return isinstance(row, RouteRow) and row.route == ADAM
 
+    def explanations(self, report: ReportData) -> dict[str, str]:
+        return {
+            "route": (
+                '"matrix" is whitened as it is, without state, and each of its updates has a root mean square of '
+                'learning rate x scale; "transposed" is stored (in, out); "in 3 parts" is whitened as three matrices, '
+                '"matrices" as one per leading index; "adam" is updated by Adam, with two moments.'
+            ),
+            "why": "the module or the choice that decided the route.",
+            "share of the elements": "of all that are trained.",
+        }
+
 
 class Scales(Groups):
     """The words of rows with a measured scale."""
 
     heading = "Scale"
+    batch = "effective batch size at the measurement"
     layout = (
-        ("kind", "tensors", 34),
+        ("kind", "tensors", 27),
         ("tensors", "no.", -4),
-        ("shape", "shape", -12),
-        ("scale", "scale", -9),
-        ("g-SNR / sqrt(numel)", "/sqrt(n)", -8),
-        ("step", "step", -8),
+        ("shape", "shape", -11),
+        ("update / weight", "upd/weight", -10),
+        ("learning rate", "rate", -8),
+        ("scale", "scale", -7),
+        ("step", "step", -7),
     )
     columns = (
         ("tensor", False),
-        ("scale", True),  # on a phone only the first columns are seen at once
+        ("update / weight", True),  # on a phone only the first columns are seen at once
+        ("learning rate", True),
+        ("scale", True),
         ("g-SNR / sqrt(n)", True),
         ("g-SNR", True),
-        ("learning rate", True),
+        ("update (RMS)", True),
+        ("weight (RMS)", True),
         ("layer", True),
         ("shape", True),
         ("step", True),
@@ -185,7 +252,7 @@ class Scales(Groups):
     def headline(self, report: ReportData) -> str:
         counted = ", ".join(text for text, _ in self.counts(report))
         rate = f"learning rate {report.learning_rate:g}, normalize={report.options.get('normalize', 'none')}"
-        return f"Learning-rate scale of {len(report.tensors)} tensors (g-SNR): {counted}  |  {rate}"
+        return f"{len(report.tensors)} tensors: {counted}  |  {rate}"
 
     def legend(self, report: ReportData) -> list[tuple[bool | None, str]]:
         texts = {
@@ -194,10 +261,15 @@ class Scales(Groups):
         }
         return [(None, text) for status, text in texts.items() if report.by_status(status)]
 
+    def layout_of(self, report: ReportData) -> tuple[tuple[str, str, int], ...]:
+        """With how far tensors move: as a share where that is known of the matrices."""
+        update = ("update (RMS)", "update", -10)
+        by_share = quantity_of(report) is not UPDATE
+        return tuple(each if by_share or each[0] != "update / weight" else update for each in self.layout)
+
     def tables(self, report: ReportData) -> list[Table]:
-        columns = ("tensors", "shape", "scale", "g-SNR / sqrt(numel)", "learning rate", "step", "status")
         return [
-            Table((title, *columns), [_entry_texts(title, entry) for entry in entries])
+            Table((title, *_ENTRY_COLUMNS), [_entry_texts(title, entry) for entry in entries])
             for title, entries in (("kind", report.by_kind()), ("layer", report.by_layer()))
         ]
 
@@ -205,13 +277,16 @@ class Scales(Groups):
         name, layer, shape = _first_cells(row)
         rates = report.learning_rate_range([row])
         if rates is None:
-            return [name, *[("", "")] * 4, layer, shape, ("", ""), (row.status, row.status)]
+            return [name, *[("", "")] * 7, layer, shape, ("", ""), (row.status, row.status)]
         return [
             name,
+            (moved_text(row.moved, row.update_rms), row.moved or ""),
+            (span(*rates), row.learning_rate),
             (f"{row.scale:.4g}", row.scale),
             (f"{row.gsnr_over_sqrt_numel:.4f}", row.gsnr_over_sqrt_numel),
             (f"{row.gsnr:.5g}", row.gsnr),
-            (span(*rates), row.learning_rate),
+            (f"{row.update_rms:.3g}", row.update_rms) if row.update_rms else ("", ""),
+            (f"{row.weight_rms:.3g}", row.weight_rms) if row.weight_rms else ("", ""),
             layer,
             shape,
             (str(row.step), row.step),
@@ -225,11 +300,38 @@ class Scales(Groups):
             return "pending", tip
         return "fallback" if any(row.status == "fallback" for row in rows) else "settled", tip
 
-    def note(self, report: ReportData) -> str:
-        over = "from the lowest to the highest of the schedule" if report.schedule else "at the peak"
-        return f"; learning rates are times scale, {over}"
+    def explanations(self, report: ReportData) -> dict[str, str]:
+        """With what the factor of LoRA's pairs is, where there is one."""
+        paired = any(row.factor != 1.0 for row in report.tensors)
+        rate = "what the tensor's first gradient was multiplied by, at the peak: the run's learning rate x scale"
+        found = {"learning rate": f"{rate}{' x factor' if paired else ''}."}
+        if report.schedule:
+            found["learning rate"] += " A range is from the lowest to the highest of the schedule."
+        if paired:
+            found[FACTOR] = (
+                "LoRA's A and B are trained as pairs, on bounded gradients (lora_policy=paired): it is 1 / the norm "
+                f"of the gradient, or of the pair's first where that is larger, and for A {A_RATE:g} times that."
+            )
+        if any(row.update_rms for row in report.tensors):
+            found["update / weight"] = (
+                "root mean square of the first update, at the peak, over that of the weights before it; "
+                f'"{FROM_ZERO}" where these were all zero.'
+            )
+        return found
 
 
+_ENTRY_COLUMNS = (
+    "tensors",
+    "shape",
+    "update / weight",
+    "update (RMS)",
+    "learning rate",
+    "over the schedule",
+    "scale",
+    "g-SNR / sqrt(numel)",
+    "step",
+    "status",
+)
 WORDS = {"scales": Scales(), "routes": Routes(), "groups": Groups()}
 
 
@@ -238,13 +340,21 @@ def words_of(report: ReportData) -> Groups:
     return WORDS[report.kind]
 
 
+def explained(explanations: dict[str, str], columns: Sequence[str]) -> list[str]:
+    """The sentences on some columns, and on the factor that is in the learning rate."""
+    return [f"{name}: {text}" for name, text in explanations.items() if name in columns or name == FACTOR]
+
+
 def tip_of(row: TensorRow) -> str:
     """One tensor's details in a line."""
     if not row.settled:
         return f"{row.name}: pending"
+    update = ""
+    if row.update_rms:
+        update = f"update {row.update_rms:.3g} (RMS), / weight {moved_text(row.moved, row.update_rms)}, "
     return (
-        f"{row.name}: scale {row.scale:.4g}, g-SNR {row.gsnr:.4g}, {row.gsnr_over_sqrt_numel:.4f} of sqrt(numel), "
-        f"{row.status} at step {row.step}"
+        f"{row.name}: {update}learning rate {row.learning_rate:.3g}, scale {row.scale:.4g}, g-SNR {row.gsnr:.4g}, "
+        f"{row.gsnr_over_sqrt_numel:.4f} of sqrt(numel), {row.status} at step {row.step}"
     )
 
 
@@ -260,9 +370,17 @@ def _first_cells(row: TensorRow | RouteRow) -> list[Cell]:
 def _entry_texts(title: str, entry: dict[str, Any]) -> tuple[str, ...]:
     """Medians, and the learning rate's range, of an entry by kind or layer; empty where all pend."""
     first = "none" if entry[title] is None else str(entry[title])
-    numbers = [""] * 4
+    numbers = [""] * 7
     if entry["learning_rate_range"] is not None:
         low, high = entry["learning_rate_range"]
-        steps = ", ".join(map(str, entry["steps"]))
-        numbers = [f"{entry['scale']:.4g}", f"{entry['ratio']:.3f}", f"{low:.3g} to {high:.3g}", steps]
+        steps = [str(step) for step in entry["steps"]]
+        numbers = [
+            moved_text(entry["moved"], entry["update_rms"]),
+            f"{entry['update_rms']:.3g}" if entry["update_rms"] else "",
+            f"{entry['learning_rate']:.3g}",
+            f"{low:.3g} to {high:.3g}",
+            f"{entry['scale']:.4g}",
+            f"{entry['ratio']:.3f}",
+            ", ".join(steps if len(steps) <= 3 else [*steps[:2], "...", steps[-1]]),
+        ]
     return first, str(entry["tensors"]), entry["shape"], *numbers, entry["status"]

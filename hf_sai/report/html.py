@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jinja2
 
 from .data import ReportData
-from .facts import facts, format_bytes, settings, tip_of, words_of
-from .rows import RouteRow, TensorRow, cells_of, layers_of, mean_scale, moved_most, scale_limits
+from .facts import Cell, facts, format_bytes, origin, settings, tip_of, words_of
+from .quantities import Quantity, cut, folded, limits_of, quantity_of, theory
+from .rows import RouteRow, TensorRow, cells_of, layers_of, moved_most
 
 
-MAX_ROWS = 10_000  # of the table; a page of 5 MB
+MAX_ROWS = 20_000  # of the table; a page of 7 MB
+DRAWN_ROWS = 2_000  # of them; a browser takes seconds for more, and shows the others when they are looked for
+MAX_MARKS = 2_000
 MAX_KINDS = 60  # of the map
 MAX_LINES = 8  # of g-SNR over time
 ROW_HEIGHT, LABEL_WIDTH, WIDTH, HEIGHT, MARGIN = 20, 210, 760, 260, 46
+DRIFT_MARGIN = 80  # of a picture that shrinks to the width of a phone, with letters that do not
 # viridis at equal distances
 _COLOURS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
 
@@ -32,8 +36,13 @@ def report_html(report: ReportData) -> str:
         lstrip_blocks=True,
     )
     words = words_of(report)
+    shown = report.rows[:MAX_ROWS]
+    prefix = folded([row.name for row in report.rows])
     return environment.get_template("report.html.jinja").render(
         report=report,
+        origin=origin(report),
+        quantity=quantity_of(report),
+        prefix=prefix,
         facts=facts(report),
         settings=[*settings(report), *report.versions.items()],
         memory=_memory(report),
@@ -46,11 +55,23 @@ def report_html(report: ReportData) -> str:
         largest=max((entry["numel"] for entry in report.by_route()), default=1) or 1,
         heading=words.heading,
         legend=words.legend(report),
-        note=words.note(report),
+        explanations=words.explanations(report),
         columns=words.columns,
-        rows=[words.cells(report, row) for row in report.rows[:MAX_ROWS]],
+        rows=[_fold(words.cells(report, row), prefix) for row in shown[:DRAWN_ROWS]],
+        more=[_plain_cells(words.columns, _fold(words.cells(report, row), prefix)) for row in shown[DRAWN_ROWS:]],
         count=len(report.rows),
     )
+
+
+def _fold(cells: list[Cell], prefix: str) -> list[Cell]:
+    """A row whose name begins with an ellipsis (and what keeps a line from breaking there) in place of the prefix."""
+    name = cells[0][0]
+    return [(f"…\u2060{name[len(prefix) :]}", name), *cells[1:]] if prefix and name.startswith(prefix) else cells
+
+
+def _plain_cells(columns: Sequence[tuple[str, bool]], cells: list[Cell]) -> list[Any]:
+    """A row for the page's script: texts, and of a number what it sorts by."""
+    return [[*cell] if number else cell[0] for (_, number), cell in zip(columns, cells, strict=True)]
 
 
 def _memory(report: ReportData) -> list[tuple[str, str, float]]:
@@ -68,18 +89,19 @@ def _map(report: ReportData) -> dict[str, Any]:
     layers = _places(report.rows)
     width = max(12, min(44, (WIDTH - LABEL_WIDTH) // max(1, len(layers))))
     every = max(1, math.ceil(24 / width))
-    limits = scale_limits(report.tensors)
+    quantity = quantity_of(report)
+    limits = limits_of(report, quantity)
     return {
         "cells": [
             {
                 "x": LABEL_WIDTH + layers[layer] * width,
                 "y": shown[kind] * ROW_HEIGHT,
-                **_cell(report, found, limits),
+                **_cell(report, found, quantity, limits),
             }
             for (kind, layer), found in cells.items()
             if kind in shown
         ],
-        "kinds": [(kind if len(kind) <= 30 else f"...{kind[-27:]}", kind) for kind in shown],
+        "kinds": [(cut(kind, 30), kind) for kind in shown],
         "layers": [
             (LABEL_WIDTH + (index + 0.5) * width, "none" if layer is None else layer)
             for layer, index in layers.items()
@@ -94,14 +116,15 @@ def _map(report: ReportData) -> dict[str, Any]:
     }
 
 
-def _cell(report: ReportData, rows: list[Any], limits: tuple[float, float]) -> dict[str, str]:
+def _cell(report: ReportData, rows: list[Any], quantity: Quantity, limits: tuple[float, float]) -> dict[str, str]:
     style, tip = words_of(report).mark(rows)
     settled = [row for row in rows if isinstance(row, TensorRow) and row.settled]
-    return {"class": style, "fill": colour_of(mean_scale(settled), limits) if settled else "", "tip": tip}
+    value = quantity.mean(settled)
+    return {"class": style, "fill": "" if value is None else colour_of(value, limits), "tip": tip}
 
 
 def colour_of(scale: float, limits: tuple[float, float]) -> str:
-    """Of a scale between two limits, by its logarithm."""
+    """Of a number between two limits, by its logarithm."""
     low, high = map(math.log, limits)
     place = (math.log(scale) - low) / (high - low) * (len(_COLOURS) - 1)
     index = min(int(place), len(_COLOURS) - 2)
@@ -110,21 +133,27 @@ def colour_of(scale: float, limits: tuple[float, float]) -> str:
 
 
 def _depth(report: ReportData) -> dict[str, Any] | None:
-    """One mark per tensor: layer against g-SNR / sqrt(numel)."""
-    settled = report.settled[:MAX_ROWS]
+    """One mark per tensor: layer against g-SNR / sqrt(numel), with what theory says of a gradient of zero mean."""
+    settled = report.settled
     if not settled:
         return None
+    if len(settled) > MAX_MARKS:  # the others are next to the line
+        settled = sorted(settled, key=lambda row: -row.gsnr_over_sqrt_numel / theory(row.numel))[:MAX_MARKS]
     layers = _places(settled)
     kinds = {kind: index for index, kind in enumerate(dict.fromkeys(row.kind for row in settled))}
     ratios = [row.gsnr_over_sqrt_numel for row in settled]
-    axis = _Axis(min([*ratios, 1.0]), max([*ratios, 1.0]))
+    expected = [theory(row.numel) for row in settled]
+    axis = _Axis(min(ratios + expected), max(ratios + expected))
     width = min(WIDTH, max(330, MARGIN + 10 + 60 * len(layers)))
     step = (width - MARGIN - 10) / len(layers)
     marks = []
-    for row, ratio in zip(settled, ratios, strict=True):
+    line: dict[str, None] = {}  # each piece once
+    for row, ratio, zero_mean in zip(settled, ratios, expected, strict=True):
         beside = (kinds[row.kind] + 0.5) / len(kinds) * 0.8 + 0.1  # so that the kinds of a layer stand side by side
         x = MARGIN + (layers[row.layer] + beside) * step
         marks.append({"x": round(x, 1), "y": axis.place(ratio), "status": row.status, "tip": tip_of(row)})
+        half = max(3.0, 0.4 * step / len(kinds))
+        line[f"M{x - half:.1f} {axis.place(zero_mean)}h{2 * half:.1f}"] = None
     every = max(1, math.ceil(30 / step))
     return {
         "marks": marks,
@@ -133,8 +162,10 @@ def _depth(report: ReportData) -> dict[str, Any] | None:
             for layer, index in layers.items()
             if index % every == 0
         ],
+        "hidden": len(report.settled) - len(marks),
         "ticks": axis.ticks(),
-        "one": axis.place(1.0),
+        "line": "".join(line),
+        "label": max(map(axis.place, expected)) + 16,  # no mark is under the line
         "width": width,
         "height": HEIGHT,
         "margin": MARGIN,
@@ -150,7 +181,7 @@ def _drift(report: ReportData) -> dict[str, Any] | None:
     first, last = drift[0]["step"], drift[-1]["step"]
 
     def x_of(step: int) -> float:
-        return round(MARGIN + (WIDTH - MARGIN - 20) * (step - first) / max(1, last - first), 1)
+        return round(DRIFT_MARGIN + (WIDTH - DRIFT_MARGIN - 40) * (step - first) / max(1, last - first), 1)
 
     lines = []
     kinds = moved_most(drift, MAX_LINES)
@@ -173,7 +204,7 @@ def _drift(report: ReportData) -> dict[str, Any] | None:
         "hidden": len(drift[-1]["kinds"]) - len(kinds),
         "width": WIDTH,
         "height": HEIGHT,
-        "margin": MARGIN,
+        "margin": DRIFT_MARGIN,
     }
 
 

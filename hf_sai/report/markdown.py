@@ -6,13 +6,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .data import ReportData
-from .facts import facts, history_table, settings, words_of
+from .facts import explained, facts, history_table, origin, settings, words_of
 
 
 def report_markdown(report: ReportData) -> str:
     """The report as Markdown."""
-    parts = [f"## {_text(report.optimizer)}", _table(("", "value"), [*facts(report), *settings(report)])]
-    parts += [_table(table.columns, table.rows) for table in words_of(report).tables(report)]
+    words = words_of(report)
+    parts = [f"## {_text(report.optimizer)}", *filter(None, [_text(origin(report))])]
+    parts.append(_table(("", "value"), [*facts(report), *settings(report)]))
+    parts += [_table(table.columns, table.rows) for table in words.tables(report)]
+    sentences = explained(words.explanations(report), words.tables(report)[0].columns)
+    parts += filter(None, ["\n".join(f"- {_text(sentence)}" for sentence in sentences)])
     if report.drift():
         history = history_table(report)
         parts += ["g-SNR, as a ratio to the first measurement:", _table(history.columns, history.rows)]

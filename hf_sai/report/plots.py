@@ -1,43 +1,67 @@
-"""Pictures of a report: scales by kind, layer and size; g-SNR over time; SWAN's routes; two runs compared."""
+"""Pictures of a report: what moved how far, rates and scales; g-SNR over time; SWAN's routes; two runs compared."""
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import warnings
+from collections.abc import Callable
 from textwrap import shorten
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import matplotlib
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .compare import Comparison
 from .data import ReportData
-from .facts import words_of
-from .rows import TensorRow, cells_of, layers_of, mean_scale, moved_most, scale_limits
+from .facts import origin, span, words_of
+from .quantities import FROM_ZERO, Quantity, cut, limits_of, quantity_of
+from .rows import TensorRow, cells_of, layers_of, moved_most
 
 
 MAX_KINDS = 24
 MAX_LINES = 9
 PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR, ADAM_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97", "#e09f3e"
 _COLOURS = (POINT_COLOUR, ADAM_COLOUR)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 Cells = dict[tuple[str, int | None], list[TensorRow]]
+
+
+def _own_style(draw: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Draws with matplotlib's own defaults, whatever a matplotlibrc says of fonts and TeX; a letter that the font does
+    not have is a box, and no warning."""
+
+    @functools.wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            matplotlib.rcdefaults()
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def report_png(report: ReportData) -> bytes:
     """[`report_figure`] as PNG, 1500 pixels wide; of SWAN 1000."""
-    return _png(report_figure(report))
+    return _png(report_figure, report)
 
 
+@_own_style
 def report_figure(report: ReportData) -> Figure:
     """
     The picture of a run.
 
-    Left: one cell per kind of tensor and layer, coloured by scale; hatched where it is pending, framed in red where it
-    is a fallback. Right: scale against sqrt(numel), with the line that a gradient of zero mean would give. Of SWAN:
-    the share of the elements by kind of tensor, coloured by what is whitened and what goes to Adam.
+    First how far one step moves each tensor: a cell per kind and layer, coloured by the root mean square of the first
+    update over that of the weights, or by the update alone where matrices start at zero, as LoRA's B do. Hatched is
+    what is pending, framed in red what is a fallback. Then the learning rate that each tensor got, and last its scale
+    against its size, with the line that a gradient of zero mean would give. Of SWAN: the share of the elements by kind
+    of tensor, coloured by what is whitened and what goes to Adam.
     """
     return _FIGURES[report.kind](report)
 
@@ -47,18 +71,26 @@ def _scales_figure(report: ReportData) -> Figure:
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     shown = kinds[:MAX_KINDS]
     figure = Figure(figsize=(15, max(4.8, 0.34 * len(shown) + 2.4)), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.9, 0.8, 1])
     _draw_cells(figure, left, report, cells, shown, hidden=len(kinds) - len(shown))
+    _draw_rates(middle, report, shown)
     _draw_against_size(right, report)
-    figure.suptitle(words_of(report).headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
+    _title(figure, report)
     return figure
+
+
+def _title(figure: Figure, report: ReportData) -> None:
+    about = [report.optimizer, *filter(None, [origin(report)])]
+    lines = [shorten(", ".join(about), 110, placeholder="..."), words_of(report).headline(report)]
+    figure.suptitle("\n".join(lines), fontsize=13, x=0.01, ha="left", weight="bold", parse_math=False)
 
 
 def diff_png(diff: Comparison, ratio: float | None = None) -> bytes:
     """[`diff_figure`] as PNG, 800 pixels wide."""
-    return _png(diff_figure(diff, ratio))
+    return _png(diff_figure, diff, ratio)
 
 
+@_own_style
 def diff_figure(diff: Comparison, ratio: float | None = None) -> Figure:
     """
     One point per tensor that both runs have: its value in the first run against that in the second, with the line
@@ -112,7 +144,7 @@ def _routes_figure(report: ReportData) -> Figure:
         times = f"{entry['tensors']} x {entry['shape']}" if entry["tensors"] > 1 else entry["shape"]
         text = f" {share:.2g}%  {shorten(entry['reason'], 60)}, {times}"
         axes.text(share, y, text, va="center", fontsize=9, color="#333333", parse_math=False)
-    axes.set_yticks(range(len(shown)), [entry["kind"] for entry in shown], fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(shown)), [cut(entry["kind"]) for entry in shown], fontsize=9, parse_math=False)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, max(shares, default=1.0) * 1.6)
     axes.set_xlabel(
@@ -126,13 +158,14 @@ def _routes_figure(report: ReportData) -> Figure:
     ]
     if handles:
         axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
-    figure.suptitle(words.headline(report), fontsize=13, x=0.01, ha="left", weight="bold")
+    _title(figure, report)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+@_own_style
+def _png(draw: Callable[..., Figure], *args: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    draw(*args).savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -141,6 +174,10 @@ def history_png(report: ReportData) -> bytes:
     g-SNR over training as PNG, 1000 pixels wide: the median of each kind of tensor, as a ratio to its first
     measurement, and the span of all tensors in grey.
     """
+    return _png(_history_figure, report)
+
+
+def _history_figure(report: ReportData) -> Figure:
     drift = report.drift()
     steps = [entry["step"] for entry in drift]
     figure = Figure(figsize=(10, 5), dpi=100, layout="constrained")
@@ -149,7 +186,7 @@ def history_png(report: ReportData) -> bytes:
     axes.fill_between(steps, *spans, color="#dddddd", lw=0, label="all tensors")
     apart = moved_most(drift, MAX_LINES)
     for kind in apart:
-        label = kind.replace("$", r"\$")
+        label = cut(kind).replace("$", r"\$")
         axes.plot(steps, [entry["kinds"].get(kind, math.nan) for entry in drift], marker=".", label=label)
     axes.axhline(1.0, color="#888888", lw=1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -159,33 +196,43 @@ def history_png(report: ReportData) -> bytes:
     axes.set_title(f"g-SNR over training: medians by kind of tensor{others}", loc="left", fontsize=11)
     axes.legend(fontsize=8, frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return figure
 
 
 def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kinds: list[str], hidden: int) -> None:
     layers = layers_of(report.tensors)
-    mappable = axes.scatter([], [], c=[], norm=LogNorm(*scale_limits(report.tensors)), cmap="viridis")
+    quantity = quantity_of(report)
+    mappable = axes.scatter([], [], c=[], norm=LogNorm(*limits_of(report, quantity)), cmap="viridis")
     write_values = len(layers) <= 14
     for (kind, layer), rows in cells.items():
         if kind in kinds:
-            _draw_cell(axes, rows, layers.index(layer), kinds.index(kind), mappable, write_values)
+            _draw_cell(axes, rows, layers.index(layer), kinds.index(kind), mappable, quantity, write_values)
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     step = max(1, len(layers) // 20)
     axes.set_xticks(range(0, len(layers), step), ["none" if x is None else str(x) for x in layers[::step]])
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=9, parse_math=False)  # a name may hold a $
+    axes.set_yticks(range(len(kinds)), [cut(kind) for kind in kinds], fontsize=9, parse_math=False)  # may hold a $
     axes.set_xlabel("layer (none: outside the blocks)" if None in layers else "layer")
     more = f" (first {len(kinds)} of {len(kinds) + hidden} kinds)" if hidden else ""
-    axes.set_title(f"scale by kind and layer{more}", fontsize=11, loc="left")
+    axes.set_title(f"{quantity.title}{more}", fontsize=11, loc="left")
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
     if report.settled:
-        bar = figure.colorbar(mappable, ax=axes, label="scale (the learning rate is multiplied by it)", pad=0.01)
+        bar = figure.colorbar(mappable, ax=axes, pad=0.01)
         _plain_numbers(bar.ax.yaxis)
+    marks = [
+        Patch(facecolor="#f2f2f2", edgecolor=PENDING_COLOUR, hatch="////", lw=0, label="pending, no gradient yet"),
+        Patch(facecolor="white", edgecolor=FALLBACK_COLOUR, lw=2, label="fallback, no deviation"),
+    ]
+    marks = [mark for mark, status in zip(marks, ("pending", "fallback"), strict=True) if report.by_status(status)]
+    if marks:
+        figure.legend(handles=marks, loc="outside lower left", ncols=2, fontsize=9, frameon=False)
 
 
-def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, write_value: bool) -> None:
+def _draw_cell(
+    axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, quantity: Quantity, write_value: bool
+) -> None:
     settled = [row for row in rows if row.settled]
     if not settled:
         stroke: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": PENDING_COLOUR, "hatch": "////", "lw": 0}
@@ -193,16 +240,45 @@ def _draw_cell(axes: Any, rows: list[TensorRow], x: int, y: int, mappable: Any, 
         if write_value:
             axes.text(x, y, "pending", ha="center", va="center", fontsize=8, color="#444444")
         return
-    scale = mean_scale(settled)
-    fallback = any(row.status == "fallback" for row in settled)
-    colour = mappable.to_rgba(scale)
-    frame: dict[str, Any] = {"edgecolor": FALLBACK_COLOUR, "lw": 2} if fallback else {"lw": 0}
+    value = quantity.mean(settled)
+    colour = (0.94, 0.94, 0.94, 1.0) if value is None else mappable.to_rgba(value)
+    frame: dict[str, Any] = {"lw": 0}
+    if any(row.status == "fallback" for row in settled):
+        frame = {"edgecolor": FALLBACK_COLOUR, "lw": 2}
     axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, **frame))
     if write_value:
         luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
-        axes.text(
-            x, y, f"{scale:.3g}", ha="center", va="center", fontsize=8, color="black" if luminance > 0.5 else "white"
-        )
+        text = FROM_ZERO if value is None else f"{value:.2g}"
+        shade = "black" if luminance > 0.5 else "white"
+        axes.text(x, y, text, ha="center", va="center", fontsize=8, color=shade)
+
+
+def _draw_rates(axes: Any, report: ReportData, kinds: list[str]) -> None:
+    """The learning rate of every tensor, in the lines of the map beside it."""
+    places = {kind: index for index, kind in enumerate(kinds)}
+    rows = [row for row in report.settled if row.kind in places and row.learning_rate > 0.0]
+    for fallback in (False, True):
+        some = [row for row in rows if (row.status == "fallback") == fallback]
+        _scatter(axes, [row.learning_rate for row in some], [places[row.kind] for row in some], fallback)
+    if rows:
+        low, high = (end(row.learning_rate for row in rows) for end in (min, max))
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis, (1.0, 2.0, 5.0) if high < 10 * low else (1.0, 3.0) if high < 100 * low else (1.0,))
+        if high < 3 * low:
+            axes.set_xticks([low, high] if high > 1.1 * low else [low])
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.set_yticks(range(len(kinds)), [""] * len(kinds))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.set_title("learning rate of each tensor", fontsize=11, loc="left")
+    axes.set_xlabel("at the peak, scale and factor included")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _scatter(axes: Any, x: list[float], y: list[float], fallback: bool) -> None:
+    marker, colour = ("s", FALLBACK_COLOUR) if fallback else ("o", POINT_COLOUR)
+    axes.scatter(x, y, marker=marker, s=34, color=colour, alpha=0.7, lw=0)
 
 
 def _draw_against_size(axes: Any, report: ReportData) -> None:
@@ -210,40 +286,40 @@ def _draw_against_size(axes: Any, report: ReportData) -> None:
     pending = report.by_status("pending")
     normalizer = report.normalizer
     floor = min((row.scale for row in settled), default=1.0) / 2
-    for fallback, marker, colour in ((False, "o", POINT_COLOUR), (True, "s", FALLBACK_COLOUR)):
+    for fallback in (False, True):
         rows = [row for row in settled if (row.status == "fallback") == fallback]
-        x = [math.sqrt(row.numel) for row in rows]
-        axes.scatter(x, [row.scale for row in rows], marker=marker, s=34, color=colour, alpha=0.7, lw=0)
+        _scatter(axes, [math.sqrt(row.numel) for row in rows], [row.scale for row in rows], fallback)
     if pending:
         x = [math.sqrt(row.numel) for row in pending]
         axes.scatter(x, [floor] * len(x), marker="v", s=40, facecolor="white", edgecolor="#555555")
-    sizes = sorted(math.sqrt(row.numel) for row in report.tensors if row.numel)
+    sizes = sorted({row.numel for row in report.tensors if row.numel > 1})
     if sizes:
-        ends = [sizes[0] / 1.2, sizes[-1] * 1.2]
-        axes.plot(ends, [end / normalizer for end in ends], color="#888888", lw=1, zorder=0)
+        x = [math.sqrt(size) for size in sizes]
+        line = [math.sqrt(size - 1) / normalizer for size in sizes]
+        axes.plot(x, line, color="#888888", lw=1, zorder=0, marker="_", ms=12)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)
-    axes.set_xlabel("sqrt(number of elements)")
+    axes.set_xlabel("sqrt(n), n: number of elements")
     axes.set_ylabel("scale")
     axes.set_title(_ratio_title(settled), fontsize=11, loc="left")
     axes.legend(handles=_legend(settled, pending), loc="upper left", fontsize=9, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plain_numbers(axis: Any) -> None:
+def _plain_numbers(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
     """20, not 2 x 10^1; as many ticks as can be read."""
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=8))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def _ratio_title(settled: list[TensorRow]) -> str:
     ratios = [row.gsnr_over_sqrt_numel for row in settled]
     if not ratios:
         return "scale against size"
-    return f"g-SNR is {min(ratios):.4g} to {max(ratios):.4g} times sqrt(numel)"
+    return f"g-SNR / sqrt(n): {span(min(ratios), max(ratios))}"
 
 
 def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
@@ -252,13 +328,13 @@ def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:
     label = f"given: {given}" if given else f"measured: {len(settled) - fallback}"
     handles: list[Any] = [Line2D([], [], color=POINT_COLOUR, marker="o", lw=0, label=label)]
     if fallback:
-        label = f"fallback, no deviation: {fallback} (red frame at left)"
+        label = f"fallback, no deviation: {fallback}"
         handles.append(Line2D([], [], color=FALLBACK_COLOUR, marker="s", lw=0, label=label))
     if pending:
-        label = f"pending, no gradient yet: {len(pending)} (hatched at left)"
+        label = f"pending, no gradient yet: {len(pending)}"
         style: dict[str, Any] = {"marker": "v", "markerfacecolor": "white", "markeredgecolor": "#555555", "lw": 0}
         handles.append(Line2D([], [], label=label, **style))
-    return [*handles, Line2D([], [], color="#888888", lw=1, label="sqrt(numel): a gradient of zero mean")]
+    return [*handles, Line2D([], [], color="#888888", lw=1, label="sqrt(n - 1): a gradient of zero mean")]
 
 
 _FIGURES = {"scales": _scales_figure, "routes": _routes_figure, "groups": _routes_figure}

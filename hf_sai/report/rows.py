@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..optim.tensors import whole_shape
+from .schema import LARGEST, SMALLEST
 
 
 Row = TypeVar("Row", bound="TensorRow | RouteRow")
@@ -30,9 +31,15 @@ class TensorRow:
         gsnr (`float`): As measured; `sqrt(numel)` for a fallback; 0.0 while pending.
         gsnr_over_sqrt_numel (`float`): What the gradient adds to the tensor's size: 1.0 for a gradient of zero mean.
         scale (`float`): What the learning rate is multiplied by.
-        learning_rate (`float`): Peak learning rate of its group times `scale`.
+        learning_rate (`float`): What its first gradient is multiplied by at the peak of the schedule: the learning
+            rate of its group times `scale` times `factor`.
         step (`int`): Optimizer step of its first informative gradient, from 1; 0 while pending.
         status (`str`): `"measured"`, `"fallback"`, `"given"` or `"pending"`.
+        factor (`float`, *optional*, defaults to 1.0): What the gradient is multiplied by before all else: of LoRA's
+            pairs the bound on its norm, and for A a rate.
+        gradient_norm (`float`, *optional*, defaults to 0.0): Of its first informative gradient; 0.0 where not known.
+        weight_rms (`float`, *optional*, defaults to 0.0): Root mean square of the tensor before it first moved; 0.0
+            where it was all zero, or is not known.
     """
 
     name: str
@@ -46,6 +53,21 @@ class TensorRow:
     learning_rate: float
     step: int
     status: str
+    factor: float = 1.0
+    gradient_norm: float = 0.0
+    weight_rms: float = 0.0
+
+    @property
+    def update_rms(self) -> float | None:
+        """Root mean square of the first update, at the peak learning rate; `None` where it is not known."""
+        found = self.learning_rate * self.gradient_norm / math.sqrt(self.numel) if self.numel else 0.0
+        return min(max(found, SMALLEST), LARGEST) if found else None
+
+    @property
+    def moved(self) -> float | None:
+        """`update_rms` over the root mean square of the weights; `None` where one is 0 or not known."""
+        found = self.update_rms / self.weight_rms if self.update_rms and self.weight_rms else 0.0
+        return min(max(found, SMALLEST), LARGEST) if found else None
 
     @property
     def settled(self) -> bool:
@@ -111,9 +133,12 @@ def tensor_row(statistics: Any, peak_learning_rate: float) -> TensorRow:
         gsnr=statistics.gsnr,
         gsnr_over_sqrt_numel=statistics.gsnr / math.sqrt(statistics.numel) if statistics.numel else 0.0,
         scale=statistics.scale,
-        learning_rate=peak_learning_rate * statistics.scale,
+        learning_rate=min(peak_learning_rate * statistics.scale * statistics.factor, LARGEST),
         step=statistics.step,
         status=statistics.status,
+        factor=min(statistics.factor, LARGEST),
+        gradient_norm=min(statistics.gradient_norm, LARGEST),
+        weight_rms=min(statistics.weight_rms, LARGEST),
     )
 
 
@@ -160,19 +185,6 @@ def median(values: Iterable[float]) -> float:
     """The upper median; 0.0 of nothing."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else 0.0
-
-
-def scale_limits(rows: Iterable[TensorRow]) -> tuple[float, float]:
-    """Ends of a scale of colours, in which small differences are not blown up to the whole range."""
-    scales = [row.scale for row in rows if row.settled]
-    low, high = (min(scales), max(scales)) if scales else (1.0, 1.0)
-    spread = math.sqrt(max(1.0, 4.0 / (high / low)))
-    return low / spread, high * spread
-
-
-def mean_scale(rows: Sequence[TensorRow]) -> float:
-    """Geometric mean over tensors that are not pending."""
-    return math.exp(sum(math.log(row.scale) for row in rows) / len(rows))
 
 
 def moved_most(drift: list[dict[str, Any]], count: int) -> list[str]:

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 
-SCHEMA = 2
+SCHEMA = 3
+# By schema: where the fields are that it added, and what they are in a file of an older one.
+_ADDED: dict[int, tuple[str, dict[str, Any]]] = {
+    2: ("", {"schedule": []}),
+    3: ("tensors", {"factor": 1.0, "gradient_norm": 0.0, "weight_rms": 0.0}),
+}
 # A model of 100,000 trained tensors has a report of 32 MB with 1.4 million items; see also `thinned`.
 MAX_BYTES = 64 * 2**20
 MAX_ITEMS = 4_000_000
@@ -85,13 +90,23 @@ def parse(text: str) -> dict[str, Any]:
             "or it is no g-SNR report"
         )
     fields = {key: value for key, value in content.items() if key != "schema"}
-    if schema == 1:
-        if "schedule" in fields:
-            raise ReportError(
-                "the top of a g-SNR report of schema 1 must have its own fields but has unknown: ['schedule']"
-            )
-        fields["schedule"] = []
+    for added in range(schema + 1, SCHEMA + 1):
+        _add(fields, schema, *_ADDED[added])
     return fields
+
+
+def _add(fields: dict[str, Any], schema: int, place: str, new: dict[str, Any]) -> None:
+    """Gives a report of an older schema the fields that a later one added, at the top or in rows."""
+    rows = fields.get(place) if place else [fields]
+    for index, row in enumerate(rows if isinstance(rows, list) else []):
+        unknown = sorted(new.keys() & row.keys()) if isinstance(row, dict) else []
+        if unknown:
+            where = f"{place}[{index}]" if place else "the top"
+            raise ReportError(
+                f"{where} of a g-SNR report of schema {schema} must have its own fields but has unknown: {unknown}"
+            )
+        if isinstance(row, dict):
+            row.update(new)
 
 
 def build(cls: type[Any], fields: Any, where: str = "") -> Any:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .compare import Comparison, DiffRow
 from .data import ReportData
-from .facts import words_of
+from .facts import explained, origin, words_of
 from .rows import TensorRow, format_shape
 
 
@@ -28,7 +28,10 @@ def report_view(report: ReportData) -> Group:
     settings = f"  lr={report.learning_rate:g}, weight_decay={report.weight_decay:g}, {printable(options)}"
     head.append(settings, style="not bold")
     state = Text(f"state {report.state_bytes:,} bytes (AdamW: {report.adamw_state_bytes:,})")
-    return Group(head, _counts(report), state, "", _first_table(report), *_range(report), *_largest(report.settled))
+    about = [Text(printable(origin(report)))] if origin(report) else []
+    return Group(
+        head, *about, _counts(report), state, "", _first_table(report), *_range(report), *_largest(report.settled)
+    )
 
 
 def show(view: Any, console: Console | None = None) -> None:
@@ -81,14 +84,15 @@ def _first_table(report: ReportData) -> Table:
     """By kind of tensor; where there is no number yet, the status stands at the end of the line."""
     words = words_of(report)
     first = words.tables(report)[0]
-    shown = table(*((title, width) for _, title, width in words.layout))
+    layout = words.layout_of(report)
+    shown = table(*((title, width) for _, title, width in layout))
     for texts in first.rows:
         row = dict(zip(first.columns, texts, strict=True))
-        name, *cells = (row[column] or "-" for column, _, _ in words.layout)
+        name, *cells = (row[column] or "-" for column, _, _ in layout)
         last = Text(printable(cells.pop()), overflow="ellipsis")
         if last.plain == "-":
             last = Text(row.get("status", "-"), style=STYLES["pending"], overflow="ellipsis")
-        shown.add_row(cut(name, words.layout[0][2]), *cells, last)
+        shown.add_row(cut(name, layout[0][2]), *cells, last)
     return shown
 
 
@@ -97,7 +101,9 @@ def _range(report: ReportData) -> list[Any]:
     if span is None:
         return []
     over = "over tensors and schedule" if report.schedule else "over tensors, at the peak"
-    return ["", Text(f"learning rate times scale: {span[0]:.3g} to {span[1]:.3g} {over}")]
+    lines = [f"learning rate of a tensor: {span[0]:.3g} to {span[1]:.3g} {over}"]
+    lines += explained(words_of(report).explanations(report), ())
+    return ["", *map(Text, lines)]
 
 
 def _largest(settled: list[TensorRow]) -> list[Any]:

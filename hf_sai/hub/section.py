@@ -1,0 +1,254 @@
+"""Our section of a card: facts of a report, rendered by a template, inserted into a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..optim.registry import OptimizerRecord, get_record
+from ..report import REPORT_PNG, GSNRReport, format_bytes
+from ..report.facts import batch, chosen, explained, rates, ratio_sentence, status_sentence, words_of
+from ..report.quantities import moved_text
+from .header import newline_of
+from .host_lines import as_list
+
+
+BEGIN, END = "<!-- hf-sai:begin -->", "<!-- hf-sai:end -->"
+# Stands for the repository's name until a push knows it.
+THIS_REPO = "your-name/this-repository"
+BASE_MODEL = "the-model-that-it-was-trained-on"
+# A marker that stands alone in the user's text is not ours to pair up.
+SECTION = re.compile(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """
+    What the section says, as plain values.
+
+    Args:
+        record (`OptimizerRecord`): Of the optimizer that ran.
+        options (`list[tuple[str, str]]`): Every option that ran, with the learning rate and the batch.
+        kinds (`list[dict]`): [`GSNRReport.by_kind`].
+        routes (`list[dict]`): [`GSNRReport.by_route`].
+        explanations (`list[str]`): What the columns mean.
+        state_size (`str`): Of the optimizer's state, such as `"1.5 MB"`.
+        adamw_size (`str`): Of AdamW's for the same tensors.
+        saved (`str`): The difference, such as `"50%"`.
+        ratio_sentence (`str`): How g-SNR compares with the size of the tensors.
+        status_sentence (`str`): What is pending or a fallback; empty where nothing is.
+        repeated (`str`): A line of Python that makes the same optimizer again, with the scales of this run.
+        versions (`str`): Of the packages that ran.
+        artifact (`Artifact`): How it is loaded.
+    """
+
+    record: OptimizerRecord
+    options: list[tuple[str, str]]
+    kinds: list[dict[str, Any]]
+    routes: list[dict[str, Any]]
+    explanations: list[str]
+    state_size: str
+    adamw_size: str
+    saved: str
+    ratio_sentence: str
+    status_sentence: str
+    repeated: str
+    versions: str
+    artifact: Artifact
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """
+    What stands beside the card, as far as loading it needs.
+
+    Args:
+        kind (`str`): `"transformers"`, `"peft"`, `"diffusers"` (a pipeline) or `"diffusers_lora"`; `""` for another.
+        repo_id (`str`): Where it is, or will be.
+        model_class (`str`): Of transformers, that loads it or its base.
+        base_model (`str`): Repository of an adapter's base, or a placeholder.
+        tokenizer (`bool`): Whether there is one.
+        picture (`bool`): Whether there is one.
+    """
+
+    kind: str = ""
+    repo_id: str = THIS_REPO
+    model_class: str = "AutoModel"
+    base_model: str = BASE_MODEL
+    tokenizer: bool = False
+    picture: bool = True
+
+
+def read_artifact(folder: Path, library: str | None, base_models: Sequence[str], repo_id: str | None) -> Artifact:
+    """
+    Reads from a folder how its model is loaded.
+
+    Args:
+        folder (`pathlib.Path`): Where the card stands.
+        library (`str`, *optional*): The card's `library_name`.
+        base_models (`list[str]`): Repositories that the card names.
+        repo_id (`str`, *optional*): Where it will be pushed.
+    """
+    config, adapter = (_read_json(folder / name) for name in ("config.json", "adapter_config.json"))
+    kind = library if library in ("transformers", "peft", "diffusers") else ""
+    kind = "transformers" if library is None and "architectures" in config else kind
+    kind = "peft" if kind == "transformers" and adapter else kind
+    if kind == "diffusers" and not (folder / "model_index.json").is_file():
+        kind = "diffusers_lora"
+    if kind == "peft":
+        model_class = _AUTO_CLASSES.get(str(adapter.get("task_type")), "AutoModel")
+    else:
+        model_class = str((as_list(config.get("architectures") or "AutoModel"))[0])
+    return Artifact(
+        kind=kind,
+        repo_id=repo_id or THIS_REPO,
+        model_class=model_class if model_class.isidentifier() else "AutoModel",
+        base_model=base_models[0] if base_models else BASE_MODEL,
+        tokenizer=(folder / "tokenizer_config.json").is_file(),
+        picture=(folder / REPORT_PNG).is_file(),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:  # who loads the model will be told
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def card_facts(report: GSNRReport, artifact: Artifact | None = None) -> CardFacts:
+    """The facts of a report, and of what stands beside it."""
+    artifact = artifact or Artifact()
+    words = words_of(report)
+    kept = report.state_bytes / report.adamw_state_bytes if report.adamw_state_bytes else 1.0
+    return CardFacts(
+        record=get_record(report.optimizer),
+        options=[*rates(report), *((name, shown(value)) for name, value in report.options.items()), *batch(report)],
+        kinds=report.by_kind(),
+        routes=report.by_route(),
+        explanations=explained(words.explanations(report), ("learning rate", "update / weight", "route")),
+        state_size=format_bytes(report.state_bytes),
+        adamw_size=format_bytes(report.adamw_state_bytes),
+        saved=f"{1 - kept:.0%}",
+        ratio_sentence=ratio_sentence(report),
+        status_sentence=status_sentence(report),
+        repeated=_repeated(report, artifact),
+        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        artifact=artifact,
+    )
+
+
+def _repeated(report: GSNRReport, artifact: Artifact) -> str:
+    """The call that makes the same optimizer, with all that was chosen, and the scales of this run if it has any."""
+    options = chosen(report)
+    if any(option.name == "gsnr" for option in get_record(report.optimizer).options):
+        options["gsnr"] = artifact.repo_id
+    if artifact.kind in ("diffusers", "diffusers_lora"):
+        given = {"lr": report.learning_rate, "weight_decay": report.weight_decay, **options}
+        return f"optimizer = hf_sai.create_optimizer({_python(report.optimizer)}, model{_arguments(given)})"
+    given = {"optim": report.optimizer, "learning_rate": report.learning_rate}
+    if report.weight_decay:
+        given["weight_decay"] = report.weight_decay
+    clipping = report.run.get("max_grad_norm")
+    if isinstance(clipping, int | float) and clipping != 1:
+        given["max_grad_norm"] = clipping
+    targets = options.pop("target_modules", None)
+    if targets is not None:
+        given["optim_target_modules"] = targets
+    if options:
+        given["optim_args"] = ",".join(f"{name}={_as_option(value)}" for name, value in options.items())
+    return f'args = TrainingArguments("out"{_arguments(given)})'
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    """Keyword arguments of a call, after a first one."""
+    texts = {name: _python(value) if isinstance(value, str) else repr(value) for name, value in given.items()}
+    return "".join(f", {name}={text}" for name, text in texts.items())
+
+
+def _as_option(value: Any) -> str:
+    """As `optim_args` takes it."""
+    if isinstance(value, list):
+        return "/".join(map(_as_option, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("model_cards", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(cell=_cell, code=_code, python=_python, moved=moved_text)
+    return environment
+
+
+def render_section(facts: CardFacts) -> str:
+    """The section as Markdown, markers included."""
+    values = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
+    names = [f"{facts.record.ordinary}.md.jinja", "optimizer.md.jinja"]
+    return _environment().select_template(names).render(**values).rstrip("\n")
+
+
+def insert_section(text: str, section: str, line: str | None = None) -> str:
+    """
+    The card's text with the section once: where it stood, else at the end, after a blank line.
+
+    Args:
+        text (`str`): Markdown, without the YAML header.
+        section (`str`): With its markers.
+        line (`str`, *optional*): What ends its lines; defaults to what ends those of the text.
+    """
+    line = line or newline_of(text or section)
+    section = re.sub(r"\r\n|\r|\n", lambda _: line, section)
+    if SECTION.search(text):
+        first = SECTION.sub(lambda _: section, text, count=1)
+        start = first.index(section) + len(section)
+        return first[:start] + SECTION.sub("", first[start:])
+    end = re.search(r"(?:\r\n|\r|\n)*\Z", text)
+    ends = re.findall(r"\r\n|\r|\n", text[end.start() :]) if end else []
+    before = [*ends, line, line][:2]
+    return text[: len(text) - len("".join(ends))] + "".join(before) + section + ("".join(ends[2:]) or line)
+
+
+def shown(value: Any) -> str:
+    """The value of an option, for people."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+
+
+def _cell(value: Any) -> str:
+    """As a cell of a table: on one line, and what Markdown or HTML would read otherwise is escaped."""
+    text = " ".join(str(value).split())
+    for special in "\\`*|[]<>&":
+        text = text.replace(special, f"\\{special}")
+    return text or "-"
+
+
+def _code(value: Any) -> str:
+    """As code in a cell; what code can't hold there is escaped text."""
+    text = " ".join(str(value).split())
+    return _cell(text) if not text or set(text) & set("`<") else f"`{text}`".replace("|", "\\|")
+
+
+def _python(value: str) -> str:
+    """As a string of Python's, on one line."""
+    return json.dumps(value, ensure_ascii=False).replace("<!--", "<\\u0021--")

@@ -1,0 +1,126 @@
+"""
+Which gradients are finite: one pass over them, and no word from a device that is waited for.
+
+On the CPU it is known at once. On an accelerator it stays there, as kernels take it (`found_inf`), and is read in the
+next step, when it has long been there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tensors import is_sharded, local
+
+
+@dataclass
+class Found:
+    """
+    What is known of some gradients.
+
+    Args:
+        bad (`set[int]`): Indices of those that are not finite, as far as the host knows.
+        on_device (`dict[int, torch.Tensor]`): By index, of those on accelerators: a float32 number without dimensions,
+            1.0 where the gradient is not finite. Views of `tables`.
+        tables (list of `(indices, tensor)`): The same, together.
+    """
+
+    bad: set[int] = field(default_factory=set)
+    on_device: dict[int, Tensor] = field(default_factory=dict)
+    tables: list[tuple[list[int], Tensor]] = field(default_factory=list)
+
+
+def find_not_finite(gradients: Sequence[Tensor]) -> Found:
+    """
+    Looks for inf and NaN.
+
+    A DTensor counts as the whole tensor: one small collective per mesh, in which all ranks have to take part.
+
+    Args:
+        gradients (sequence of `torch.Tensor`): Dense, of any floating dtype and device. Not written.
+    """
+    by_place: dict[Any, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        place: Any = gradient.device_mesh if is_sharded(gradient) else gradient.device  # type: ignore[attr-defined]
+        by_place.setdefault(place, []).append(index)
+    found = Found()
+    for place, indices in by_place.items():
+        there = [local(gradients[index]).detach() for index in indices]
+        flags = _not_finite(there)
+        if not isinstance(place, torch.device):
+            for dim in range(place.ndim):
+                group = place.get_group(dim)
+                torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=group)
+        if flags.device.type == "cpu":
+            found.bad.update(index for index, flag in zip(indices, flags.tolist(), strict=True) if flag)
+        else:
+            found.tables.append((indices, flags))
+            found.on_device.update(zip(indices, flags.unbind(), strict=True))
+    return found
+
+
+def _not_finite(gradients: list[Tensor]) -> Tensor:
+    """`[k]` float32: 1.0 for a tensor with inf or NaN; 0.0 for one without elements."""
+    device = gradients[0].device
+    if device.type == "cpu":
+        # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
+        norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
+        odd = [not math.isfinite(norm) and not _all_finite(each) for norm, each in zip(norms, gradients, strict=True)]
+        return torch.tensor(odd, dtype=torch.float32)
+    there = [gradient for gradient in gradients if gradient.numel()]
+    bad = iter(_largest_not_finite(there))
+    nothing = torch.zeros((), dtype=torch.bool, device=device)
+    return torch.stack([next(bad) if gradient.numel() else nothing for gradient in gradients]).to(torch.float32)
+
+
+def _all_finite(gradient: Tensor) -> bool:
+    return bool(gradient.isfinite().all())
+
+
+def _largest_not_finite(gradients: list[Tensor]) -> list[Tensor]:
+    """Whether the largest absolute value of each, which is finite only if all are, is not; few launches per dtype."""
+    found: list[Any] = [None] * len(gradients)
+    for dtype in {gradient.dtype for gradient in gradients}:
+        indices = [index for index, gradient in enumerate(gradients) if gradient.dtype == dtype]
+        norms = torch.stack(torch._foreach_norm([gradients[index] for index in indices], math.inf))
+        for index, bad in zip(indices, norms.isfinite().logical_not_().unbind(), strict=True):
+            found[index] = bad
+    return found
+
+
+class LateNews:
+    """Flags on their way from an accelerator, and what they are about."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Any, Sequence[Any]]] = []
+
+    def send(self, flags: Tensor, items: Sequence[Any]) -> None:
+        """
+        Has flags copied to the host without waiting.
+
+        Args:
+            flags (`torch.Tensor`): `[k]`; not 0 where a gradient was not finite.
+            items (sequence): What [`LateNews.read`] gives back, one per flag.
+        """
+        on_device = flags.device.type != "cpu"
+        there = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=flags.device.type == "cuda")
+        there.copy_(flags, non_blocking=True)
+        event = torch.Event(flags.device) if on_device else None
+        if event is not None:
+            event.record()
+        self._waiting.append((there, event, items))
+
+    def read(self) -> list[Any]:
+        """The items of flags that are not 0; waits for the copies, which were asked for a step ago."""
+        waiting, self._waiting = self._waiting, []
+        found = []
+        for there, event, items in waiting:
+            if event is not None:
+                event.synchronize()
+            found += [item for flag, item in zip(there.tolist(), items, strict=True) if flag]
+        return found

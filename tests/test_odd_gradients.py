@@ -1,0 +1,339 @@
+"""Gradients with inf or NaN, of odd dtypes and sizes, on every path: a tensor that gets one stays, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import hf_sai
+from hf_sai.optim import SGDSaI, SGDSaILayerwise, SWANLayerwise
+from hf_sai.optim.adam_update import AdamBatch, adam_update, new_adam_state
+from hf_sai.optim.finite import LateNews, find_not_finite
+from hf_sai.optim.sgd_update import Batch, Coefficients, update
+from hf_sai.optim.swan import SWAN
+
+
+PATHS = {
+    "sgd": (SGDSaI, {}),
+    "sgd, max": (SGDSaI, {"normalize": "max"}),
+    "sgd without momentum": (SGDSaI, {"momentum": 0.0}),
+    "sgd, foreach": (SGDSaI, {"foreach": True}),
+    "sgd, plain": (SGDSaI, {"fused": False, "foreach": False}),
+    "sgd, three measuring steps": (SGDSaI, {"measure_steps": 3}),
+    "sgd, bf16 state": (SGDSaI, {"state_dtype": "bfloat16"}),
+    "sgd layer-wise": (SGDSaILayerwise, {}),
+    "swan": (SWAN, {}),
+    "swan with momentum": (SWAN, {"momentum": 0.9}),
+    "swan layer-wise": (SWANLayerwise, {"momentum": 0.9}),
+}
+
+
+def state_of(optimizer, param):
+    return {
+        key: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+        for key, value in optimizer.state[param].items()
+    }
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        for key, value in one.items()
+    )
+
+
+def step(optimizer, params, gradients):
+    """Through backward, so that layer-wise updates get them too."""
+    optimizer.zero_grad()
+    loss = sum(_given(param, gradient) for param, gradient in zip(params, gradients, strict=True))
+    loss.backward()
+    optimizer.step()
+
+
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, param, gradient):
+        ctx.save_for_backward(gradient)
+        return param.detach().sum() * 0
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors[0], None
+
+
+def _given(param, gradient):
+    return _Given.apply(param, gradient)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_tensor_stays_as_if_the_step_had_not_been_and_the_others_go_on(path, dtype, bad):
+    """Two runs, of which one gets the bad gradient: afterwards they are equal but for the step that was lost."""
+    cls, options = PATHS[path]
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in ((4, 6), (6, 5), (7,), (3,))]
+    gradients = [[torch.randn(each.shape, generator=generator).to(dtype) for each in start] for _ in range(5)]
+    params = [nn.Parameter(each.clone()) for each in start]
+    optimizer = cls(params, lr=1e-2, weight_decay=0.1, **options)
+    alone = [nn.Parameter(each.clone()) for each in start]  # the third step of tensors 1 and 2 does not come
+    reference = cls(alone, lr=1e-2, weight_decay=0.1, **options)
+    for index, now in enumerate(gradients):
+        hurt = [each.clone() for each in now]
+        if index == 2:
+            hurt[1][-1, -1] = bad
+            hurt[2][0] = bad
+            before = [(params[i].detach().clone(), state_of(optimizer, params[i])) for i in (1, 2)]
+        step(optimizer, params, hurt)
+        if index == 2:
+            for i, (value, state) in zip((1, 2), before, strict=True):
+                assert torch.equal(params[i], value)
+                assert same(state_of(optimizer, params[i]), state)
+            reference.zero_grad()
+            sum(_given(alone[i], now[i]) for i in (0, 3)).backward()
+            reference.step()
+        else:
+            step(reference, alone, now)
+    for i in range(4):
+        assert torch.equal(params[i], alone[i]), i
+        assert not torch.equal(params[i], start[i])
+
+
+@pytest.mark.parametrize("path", ["sgd", "swan"])
+def test_one_warning_counts_the_tensors_of_both_kinds(path, caplog):
+    cls, options = PATHS[path]
+    params = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)] + [nn.Parameter(torch.randn(4)) for _ in range(3)]
+    optimizer = cls([(f"p{i}", param) for i, param in enumerate(params)], **options)
+    step(optimizer, params, [torch.randn_like(param) for param in params])
+    caplog.set_level(logging.WARNING)
+    for _ in range(3):
+        step(optimizer, params, [torch.full_like(param, math.nan) for param in params])
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("has inf or NaN" in each for each in said) == (1 if path == "sgd" else 2)  # matrices, then Adam's
+    assert any("p0, p1, p2" in each for each in said)
+
+
+def paired(bad=None, size=100.0):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), LoraConfig(r=4, target_modules=["0"]))
+    optimizer = hf_sai.create_optimizer("sgd_sai", model, lr=0.005, weight_decay=0.0, lora_policy="paired")
+    a, b = (next(p for n, p in model.named_parameters() if f"lora_{x}" in n) for x in "AB")
+    return optimizer, a, b
+
+
+@pytest.mark.parametrize("hurt", ["a", "b", "both"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_factor_without_a_finite_gradient_stays_and_the_other_keeps_its_bound(bad, hurt):
+    optimizer, a, b = paired()
+    for when in range(4):
+        before = a.detach().clone(), b.detach().clone()
+        a.grad, b.grad = torch.randn_like(a) * 100, torch.randn_like(b) * 100
+        wrong = when in (0, 2)
+        if wrong and hurt in ("a", "both"):
+            a.grad[0, 0] = bad
+        if wrong and hurt in ("b", "both"):
+            b.grad[-1, -1] = bad
+        optimizer.step()
+        for name, param, old, bound in (("a", a, before[0], 0.3 * 0.005), ("b", b, before[1], 0.005)):
+            move = (param - old).square().mean().sqrt().item()
+            if wrong and hurt in (name, "both"):
+                assert move == 0.0
+            else:
+                assert 0.0 < move <= bound * 1.1
+    # The norm of the pair is that of the first step in which both were finite: B's, which is 100 * sqrt(256).
+    assert optimizer.state[a]["pair_norm"] == optimizer.state[b]["pair_norm"] == pytest.approx(1600, rel=0.2)
+
+
+def test_a_pair_keeps_its_bound_where_float32_overflows():
+    optimizer, a, b = paired()
+    for _ in range(3):
+        before = a.detach().clone(), b.detach().clone()
+        a.grad, b.grad = torch.randn_like(a) * 1e25, torch.randn_like(b) * 1e25
+        optimizer.step()
+        assert 0.0 < (a - before[0]).square().mean().sqrt() <= 0.0015 * 1.1
+        assert 0.0 < (b - before[1]).square().mean().sqrt() <= 0.005 * 1.1
+
+
+def test_large_gradients_are_finite_where_their_norm_is_not():
+    for dtype, size in ((torch.float32, 1e30), (torch.float16, 6e4), (torch.float64, 1e300), (torch.bfloat16, 1e38)):
+        gradients = [torch.full((64,), size, dtype=dtype), torch.full((64,), size, dtype=dtype)]
+        gradients[1][-1] = math.inf
+        found = find_not_finite([*gradients, torch.empty(0, 3, dtype=dtype), torch.tensor(math.nan, dtype=dtype)])
+        assert found.bad == {1, 3}
+
+
+# ---- What stays on a device ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_flags_on_the_device_leave_one_tensor_alone(dtype, strided, momentum):
+    """As an accelerator has it: nothing is read back, and the update is told by a flag."""
+    shape = (8, 6)
+    torch.manual_seed(0)
+    params = [torch.randn(shape).to(dtype) for _ in range(3)]
+    params = [each.t() if strided else each for each in params]
+    grads = [torch.randn_like(each) for each in params]
+    grads[1].fill_(math.nan)
+    buffers = [torch.randn_like(each) for each in params] if momentum else []
+    flags = [torch.tensor(flag) for flag in (0.0, 1.0, 0.0)]
+    expected = [[each.clone() for each in lists] for lists in (params, buffers)]
+    coefficients = [Coefficients(0.9, 0.01, 0.1)] * 3
+
+    def batch(lists, found, indices):
+        rows = [[each[i] for i in indices] for each in (lists[0], grads, lists[1] or grads)]
+        return Batch(
+            0.1, False, False, rows[0], rows[1], rows[2] if momentum else [], coefficients[: len(indices)], found
+        )
+
+    update(batch(expected, [], [0, 2]))
+    update(batch((params, buffers), flags, [0, 1, 2]))
+    for found, wanted in zip((params, buffers), expected, strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_flags_on_the_device_leave_adams_state_alone(dtype, strided):
+    torch.manual_seed(0)
+    params = [torch.randn(8, 6).to(dtype) for _ in range(3)]
+    params = [each.t() if strided else each for each in params]
+    grads = [torch.randn_like(each) for each in params]
+    grads[1].fill_(math.inf)
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+    results = []
+    for indices, flags in (([0, 2], []), ([0, 1, 2], [torch.tensor(flag) for flag in (0.0, 1.0, 0.0)])):
+        states = [new_adam_state(each) for each in params]
+        values = [each.clone() for each in params]
+        batch = AdamBatch()
+        for i in indices:
+            batch.append(values[i], grads[i], states[i]["exp_avg"], states[i]["exp_avg_sq"], states[i]["step"])
+        adam_update(batch, False, flags, **options)
+        results.append((values, states))
+    for i in range(3):
+        torch.testing.assert_close(results[1][0][i], results[0][0][i], rtol=0, atol=0)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(results[1][1][i][key], results[0][1][i][key], rtol=0, atol=0)
+
+
+def test_news_from_a_device_is_read_a_step_later_and_puts_right_what_did_not_know(monkeypatch):
+    """The host's numbers of a step that a device skipped are those of the step before."""
+    real = find_not_finite
+
+    def on_device(gradients):
+        found = real(gradients)
+        flags = torch.tensor([float(index in found.bad) for index in range(len(gradients))])
+        found.tables.append((list(range(len(gradients))), flags))
+        found.on_device.update(enumerate(flags.unbind()))
+        found.bad.clear()
+        return found
+
+    results = []
+    for late in (False, True):
+        if late:
+            monkeypatch.setattr("hf_sai.optim.base.find_not_finite", on_device)
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5))]
+        optimizer = SGDSaI(params, lr=1e-2, weight_decay=0.5)
+        for index in range(6):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (6 - index)  # the folded decay hangs on the rate of each step
+            gradients = [torch.randn_like(param) for param in params]
+            if index == 3:
+                gradients[0][0, 0] = math.nan
+            step(optimizer, params, gradients)
+        results.append((params, [state_of(optimizer, param) for param in params]))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        assert one["decay"] == other["decay"]
+        assert one["decay_ratio"] == other["decay_ratio"]
+
+
+def test_late_news_says_which():
+    news = LateNews()
+    news.send(torch.tensor([0.0, 1.0, 0.0, 1.0]), list("abcd"))
+    assert news.read() == ["b", "d"]
+    assert news.read() == []
+
+
+# ---- Odd dtypes and sizes ----
+
+
+@pytest.mark.parametrize("cls", [SGDSaI, SWAN])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameter", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_momentum_buffer_takes_any_gradient(cls, parameter, gradient):
+    """To the resolution of the coarser dtype the same as all in float32."""
+    torch.manual_seed(0)
+    start = torch.randn(6, 8).to(parameter)
+    one, other = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    options = {"lr": 1e-2, "momentum": 0.9} | ({} if cls is SGDSaI else {"whitening_dtype": "float32"})
+    optimizers = cls([one], **options), cls([other], **options)
+    for _ in range(4):
+        given = torch.randn(6, 8).to(gradient)
+        # torch's own is of the parameter's dtype; a backward of another library may set another where this is None.
+        one.grad_dtype = None
+        one.grad = given
+        other.grad = given.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    resolution = torch.finfo(parameter).eps
+    torch.testing.assert_close(one.detach().float(), other.detach(), rtol=4 * resolution, atol=4 * resolution)
+
+
+@pytest.mark.parametrize("size", [1e-7, 5e-9, 1e4])
+def test_float16_parameters_keep_their_momentum_right(size):
+    """Against float32, as far as float16's own gradients go."""
+    torch.manual_seed(0)
+    start = torch.randn(16, 16).half()
+    one, other = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    optimizers = [SGDSaI([each], lr=1e-3 / size, weight_decay=0.0) for each in (one, other)]
+    for _ in range(10):
+        one.grad = (torch.randn(16, 16) * size).half()
+        other.grad = one.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert optimizers[0].state[one]["momentum_buffer"].dtype == torch.float32
+    moved = (other.detach() - start.float()).norm()
+    assert (one.detach().float() - other.detach()).norm() < 0.05 * moved + 16 * 5e-4
+
+
+def test_a_float16_state_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"state_dtype must be one of float32, bfloat16 or None .*float16 loses grad"):
+        SGDSaI([nn.Parameter(torch.ones(2))], state_dtype="float16")
+    with pytest.raises(ValueError, match="float16 loses"):
+        SGDSaI([nn.Parameter(torch.ones(2))], state_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("path", ["sgd", "swan", "swan layer-wise"])
+def test_autocast_and_matmul_precision_around_a_step_change_nothing(path):
+    cls, options = PATHS[path]
+    if cls is not SGDSaI:
+        options = {**options, "whitening_dtype": "float32"}
+    found = []
+    for disturbed in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(16, 24)), nn.Parameter(torch.randn(5))]
+        optimizer = cls(params, lr=1e-2, **options)
+        gradients = [torch.randn_like(each) for each in params]
+        before = torch.get_float32_matmul_precision()
+        try:
+            if disturbed:
+                torch.set_float32_matmul_precision("medium")
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=disturbed):
+                step(optimizer, params, gradients)
+                assert torch.is_autocast_enabled("cpu") == disturbed
+            assert torch.get_float32_matmul_precision() == ("medium" if disturbed else before)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        found.append(params)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
