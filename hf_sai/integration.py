@@ -265,12 +265,12 @@ def decay_rule(rule: Callable[[nn.Module], Iterable[str]]) -> Iterator[None]:
 def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
     """Handler for the host's table: `OptimizerContext` in, class and keyword arguments out."""
     args = context.args
-    _refuse_unsupported_modes(record, args)
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     kwargs |= {name: _HOST_SETTINGS[name](args) for name in record.host_settings}
     text = getattr(args, "optim_args", None)  # the host drops the spaces of a path
     given = parse_optim_args(text) if isinstance(text, str) else context.optim_args
     options, routing = _typed_options(record, given)
+    _refuse_unsupported_modes(record, args, routing)
     kwargs |= options
     shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")
     logger.info("optim=%s: %s", record.name, shown)
@@ -317,13 +317,13 @@ def _typed_options(record: OptimizerRecord, given: Mapping[str, Any]) -> tuple[d
     return options, routing
 
 
-def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
+def _refuse_unsupported_modes(record: OptimizerRecord, args: Any, routing: Mapping[str, Any]) -> None:
     """What would give another result than asked for is an error before the first step."""
     mode = splitting_mode(args)
     if mode == "deepspeed":
         config = deepspeed_config(args)
         if config is not None and not is_left_out(args):
-            check_config(record.name, record, config)
+            check_config(record.name, record, config, routing)
     elif mode is not None:
         raise OptionError(
             f"optim={record.name!r} needs whole tensors, but {mode} is set and flattens them so that they can't be "

@@ -54,6 +54,8 @@ SLOW = {
     "test_run",
     "test_text_to_image_example",
     "test_trl_scripts",
+    "test_zero",
+    "test_zero_trainer",
 }
 
 
