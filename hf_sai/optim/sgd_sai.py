@@ -65,9 +65,9 @@ class SGDSaI(MeasuredScales):
     gradient changes nothing but the decay. A gradient with inf or NaN leaves that tensor and its state as they are, at
     any step, with one warning (on an accelerator in the next step). So LoRA's `A`, whose gradient is zero at step 1
     because `B` is zero, is measured at the first step after `B` moved and trains; the published implementations freeze
-    it. A tensor of one element, or whose gradient is
-    constant to the precision of its dtype, has no standard deviation: its g-SNR is `sqrt(n)`, marked as fallback, and
-    it never sets the maximum. (While nothing but fallbacks was seen, the largest of them divides under `"max"`.)
+    it. A tensor of one element, or whose gradient is constant to the precision of its dtype, has no standard
+    deviation: its g-SNR is `sqrt(n)`, marked as fallback, and it never sets the maximum. (While nothing but fallbacks
+    was seen, the largest of them divides under `"max"`.)
 
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
