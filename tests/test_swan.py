@@ -447,3 +447,20 @@ def test_flags_of_an_accelerator_are_read_in_the_next_step(monkeypatch, caplog):
         optimizer.step()
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("The gradient of second has inf or NaN")
+
+
+def test_a_checkpoint_from_before_goes_on_with_its_own_whitening():
+    def stepped(optimizer, param):
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(4))
+        optimizer.step()
+        return param.detach()
+
+    params = [torch.nn.Parameter(torch.zeros(40, 64)) for _ in range(2)]
+    old = SWAN([params[0]], whitening="polar_express")
+    saved = old.state_dict()
+    for group in saved["param_groups"]:
+        del group["ns_beta"]  # which is newer
+    new = SWAN([params[1]])
+    new.load_state_dict(saved)
+    assert (new.param_groups[0]["whitening"], new.param_groups[0]["ns_beta"]) == ("polar_express", None)
+    assert torch.equal(stepped(new, params[1]), stepped(old, params[0]))
