@@ -15,7 +15,7 @@ from support.processes import peak_allocated
 
 import hf_sai
 from hf_sai.optim import SWAN, swan
-from hf_sai.optim.swan import BYTES_PER_ELEMENT
+from hf_sai.optim.matrices import BYTES_PER_ELEMENT
 
 
 OPTIONS = {"lr": 0.01, "scale": 2.0, "adam_lr_ratio": 0.5, "weight_decay": 0.1}
