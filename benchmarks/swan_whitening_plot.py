@@ -87,10 +87,18 @@ def main() -> None:
         spectrum.plot(before, after, ".", ms=4, color=f"C{index}", label=label)
         place = step[step_row]["to_muon"], loss[loss_row]
         price.plot(*place, "o", color=f"C{index}")
-        price.annotate(label, place, xytext=(6, 4), textcoords="offset points", fontsize=9)
+        left = place[0] > 3  # inside the frame
+        below = -14 if label == "polar_express" else 5
+        where = {"xytext": (-6 if left else 6, below), "ha": "right" if left else "left"}
+        price.annotate(label, place, textcoords="offset points", fontsize=9, **where)
     price.plot(1.0, loss["Muon + AdamW"], "k^")
     price.annotate(
-        "Muon + AdamW", (1.0, loss["Muon + AdamW"]), xytext=(6, -12), textcoords="offset points", fontsize=9
+        "Muon + AdamW",
+        (1.0, loss["Muon + AdamW"]),
+        xytext=(-8, -4),
+        ha="right",
+        textcoords="offset points",
+        fontsize=9,
     )
     for name, text in (("SWAN, svd", "svd"), ("AdamW", "AdamW")):
         price.axhline(loss[name], color="#888888", lw=1, ls="--")

@@ -16,7 +16,7 @@ from support.processes import peak_allocated
 
 import hf_sai
 from hf_sai.optim import SWAN, SGDSaI
-from hf_sai.optim.swan import BYTES_PER_ELEMENT
+from hf_sai.optim.matrices import BYTES_PER_ELEMENT
 
 
 OPTIONS = {"lr": 0.01, "scale": 2.0, "adam_lr_ratio": 0.5, "weight_decay": 0.1}
@@ -462,3 +462,20 @@ def test_a_compiled_step_warns_of_nothing(cls):
             model(torch.ones(2, 4)).square().sum().backward()
             step()
             optimizer.zero_grad()
+
+
+def test_a_checkpoint_from_before_goes_on_with_its_own_whitening():
+    def stepped(optimizer, param):
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(4))
+        optimizer.step()
+        return param.detach()
+
+    params = [torch.nn.Parameter(torch.zeros(40, 64)) for _ in range(2)]
+    old = SWAN([params[0]], whitening="polar_express")
+    saved = old.state_dict()
+    for group in saved["param_groups"]:
+        del group["ns_beta"]  # which is newer
+    new = SWAN([params[1]])
+    new.load_state_dict(saved)
+    assert (new.param_groups[0]["whitening"], new.param_groups[0]["ns_beta"]) == ("polar_express", None)
+    assert torch.equal(stepped(new, params[1]), stepped(old, params[0]))

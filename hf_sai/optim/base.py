@@ -407,13 +407,15 @@ def undisturbed(products: bool) -> Iterator[None]:
         for device in devices:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if products and not torch.compiler.is_compiling():  # a compiler can't trace these settings
+        if products:
             stack.callback(_exact_products())
         yield
 
 
 def _exact_products() -> Callable[[], None]:
     """Has float32 products computed in float32; returns what makes it as it was."""
+    if torch.compiler.is_compiling():  # which can't trace these settings
+        return lambda: None
     modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     backends = [each.matmul for each in modules if _has_precision(getattr(each, "matmul", None))]
     if not backends:  # torch before 2.9

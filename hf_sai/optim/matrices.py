@@ -20,9 +20,9 @@ from .whitening import IN_DTYPE, SMALL_SIDE, factors_to, in_range, normalized, w
 
 WHITENING_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Bytes that whitening needs per element of a batch, copies and products included: measured, see tests/test_swan.py.
-BYTES_PER_ELEMENT = 32
+BYTES_PER_ELEMENT, LEAN_BYTES_PER_ELEMENT = 32, 16  # with products in float32, and in bfloat16
 # On the CPU a batch stays near the caches: larger ones cost page faults.
-CPU_BATCH_BYTES, ACCELERATOR_BATCH_BYTES = 2**25, 2**30
+CPU_BATCH_BYTES, ACCELERATOR_BATCH_BYTES = 2**24, 2**30
 
 
 @dataclass
@@ -56,6 +56,12 @@ class Matrix:
         if group["whitening"] in IN_DTYPE and min(self.shape[1:]) > SMALL_SIDE:
             return WHITENING_DTYPES[group["whitening_dtype"]]
         return torch.promote_types(self.source.dtype, torch.float32)
+
+    @property
+    def extra_bytes(self) -> int:
+        """What whitening it takes for a while."""
+        lean = self.update_dtype == torch.bfloat16
+        return (LEAN_BYTES_PER_ELEMENT if lean else BYTES_PER_ELEMENT) * self.param.numel()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,7 +115,7 @@ def _chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
     param = matrices[0].param
     bound = min(batch_bytes(matrix) for matrix in matrices)
     ranks = sharding_of(param).ranks if is_sharded(param) else 1
-    size = max(1, bound // (BYTES_PER_ELEMENT * max(1, param.numel()))) * ranks
+    size = max(1, bound // max(1, matrices[0].extra_bytes)) * ranks
     for start in range(0, len(matrices), size):
         yield matrices[start : start + size]
 

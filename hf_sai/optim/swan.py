@@ -112,7 +112,7 @@ class SWAN(NamedOptimizer):
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Rounds bf16 parameters at random, so that updates below their resolution are not lost.
         max_batch_bytes (`int`, *optional*):
-            Bound on the extra memory of whitening, as long as one matrix fits into it. `None`: 32 MiB on the CPU,
+            Bound on the extra memory of whitening, as long as one matrix fits into it. `None`: 16 MiB on the CPU,
             which stays near the caches, and 1 GiB elsewhere.
         share_whitening (`bool`, *optional*, defaults to `False`):
             Whether the processes of the default group share the work: each whitens its part of the matrices, and the
@@ -231,8 +231,8 @@ class SWAN(NamedOptimizer):
             for row, (group_index, _, param) in zip(self.routes(), self._params(), strict=True)
             if row.route != ADAM
         ]
-        counts = [(1 if one_at_a_time else len(batch), batch[0].param.numel()) for batch in batches_of(matrices)]
-        return max((BYTES_PER_ELEMENT * count * numel for count, numel in counts), default=0)
+        batches = batches_of(matrices)
+        return max(((1 if one_at_a_time else len(batch)) * batch[0].extra_bytes for batch in batches), default=0)
 
     def extra_bytes(self, one_at_a_time: bool = False) -> int:
         """The most that a step needs for a while: as `whitening_bytes`, or Adam's float32 copies of low precision."""

@@ -169,7 +169,8 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
     """
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     if gradients[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(list(gradients), math.inf, dtype))
+        some = [each if each.numel() else each.new_zeros(1) for each in gradients]  # a rank may have no rows
+        return torch.stack(torch._foreach_norm(some, math.inf, dtype))
     norms = [torch.linalg.vector_norm(each, dtype=dtype) for each in gradients]
     for index, (norm, gradient) in enumerate(zip(norms, gradients, strict=True)):
         if gradient.numel() and not LEAST_RMS * math.sqrt(gradient.numel()) < norm.item() < LARGEST_NORM:
