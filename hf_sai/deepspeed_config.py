@@ -44,7 +44,9 @@ def deepspeed_config(args: Any) -> dict[str, Any] | None:
     return dict(given) if isinstance(given, Mapping) else None
 
 
-def check_config(name: str, record: OptimizerRecord, config: Mapping[str, Any]) -> None:
+def check_config(
+    name: str, record: OptimizerRecord, config: Mapping[str, Any], routing: Mapping[str, Any] | None = None
+) -> None:
     """
     Refuses what would train with another optimizer, or in a way that was never tried.
 
@@ -52,6 +54,7 @@ def check_config(name: str, record: OptimizerRecord, config: Mapping[str, Any]) 
         name (`str`): As `optim` has it.
         record (`OptimizerRecord`): Its.
         config (mapping): DeepSpeed's.
+        routing (mapping, *optional*): The options that decide about groups.
 
     Raises:
         `OptionError`: Something is refused.
@@ -67,6 +70,11 @@ def check_config(name: str, record: OptimizerRecord, config: Mapping[str, Any]) 
         raise OptionError(
             f"optim={name!r} updates inside the backward pass, which DeepSpeed has to itself; use "
             f"optim={record.ordinary!r}"
+        )
+    if (routing or {}).get("lora_policy") == "paired" and _at(config, "zero_optimization.stage"):
+        raise OptionError(
+            f"optim={name!r} with lora_policy='paired' needs whole factors, but DeepSpeed ZeRO hands over pieces; use "
+            "DDP or stage 0, or leave lora_policy out"
         )
     offload = _at(config, "zero_optimization.offload_optimizer") or {}
     device = str(offload.get("device", "none"))

@@ -17,7 +17,7 @@ from trainer_patches.compat import decay_parameter_names, settings_of_own_groups
 from trainer_patches.optim_names import parse_optim_args
 
 from .deepspeed_config import check_config, deepspeed_config, is_left_out
-from .live import splitting_mode
+from .live import splitting_mode, under_ddp
 from .optim.decay import decaying
 from .optim.names import plain_name, unwrapped
 from .optim.registry import (
@@ -201,10 +201,11 @@ def _targets(target_modules: str | list[str] | None) -> Callable[[str, nn.Module
     return lambda name, module: target_module_matches(target_modules, name)
 
 
-# The host's settings for Adam, by the argument that they are of a constructor here.
+# The host's settings, by the argument that they are of a constructor here.
 _HOST_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "betas": lambda args: (args.adam_beta1, args.adam_beta2),
     "eps": lambda args: args.adam_epsilon,
+    "share_whitening": under_ddp,
 }
 
 
@@ -226,12 +227,12 @@ def handle(name: str, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
     """What the host's table does for a name of ours: `OptimizerContext` in, class and keyword arguments out."""
     record = get_record(name)
     args = context.args
-    _refuse_unsupported_modes(record, args)
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     kwargs |= {name: _HOST_SETTINGS[name](args) for name in record.host_settings}
     text = getattr(args, "optim_args", None)  # the host drops the spaces of a path
     given = parse_optim_args(text) if isinstance(text, str) else context.optim_args
     options, routing = _typed_options(record, given)
+    _refuse_unsupported_modes(record, args, routing)
     kwargs |= options
     shown = ", ".join(f"{key}={value}" for key, value in [*kwargs.items(), *routing.items()] if key != "gsnr")
     logger.info("optim=%s: %s", record.name, shown)
@@ -278,13 +279,13 @@ def _typed_options(record: OptimizerRecord, given: Mapping[str, Any]) -> tuple[d
     return options, routing
 
 
-def _refuse_unsupported_modes(record: OptimizerRecord, args: Any) -> None:
+def _refuse_unsupported_modes(record: OptimizerRecord, args: Any, routing: Mapping[str, Any]) -> None:
     """What would give another result than asked for is an error before the first step."""
     mode = splitting_mode(args)
     if mode == "deepspeed":
         config = deepspeed_config(args)
         if config is not None and not is_left_out(args):
-            check_config(record.name, record, config)
+            check_config(record.name, record, config, routing)
     elif mode is not None:
         raise OptionError(
             f"optim={record.name!r} needs whole tensors, but {mode} is set and flattens them so that they can't be "

@@ -189,6 +189,21 @@ def splitting_mode(args: Any | None = None) -> str | None:
     return None if str(version) == "2" else "fsdp version 1"
 
 
+def under_ddp(args: Any) -> bool:
+    """
+    Whether the Trainer averages gradients over several processes that all step together and hold whole tensors.
+
+    It wraps the model in DistributedDataParallel then, and steps only after a backward pass that averaged.
+
+    Args:
+        args (`transformers.TrainingArguments`): Of the run.
+    """
+    mode = getattr(getattr(args, "parallel_mode", None), "value", "")
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    sharded = launched or getattr(args, "fsdp", None) or splitting_mode(args) is not None
+    return mode == "distributed" and not sharded and getattr(args, "parallelism_config", None) is None
+
+
 def check_sharded(optimizer: Optimizer, args: Any) -> None:
     """
     Checks that FSDP, where it was asked for, is there: a host that can't shard (accelerate on CPUs) says nothing, and

@@ -193,8 +193,8 @@ def all_kinds() -> dict[str, _Kind]:
 
 def _ours(record: OptimizerRecord, **options: Any) -> _Kind:
     """
-    Asked of the optimizer itself, on the meta device. A [`NamedOptimizer`] makes its state for every trainable tensor
-    in a first step without gradients, others only with them.
+    Asked of the optimizer itself, on the meta device. A [`NamedOptimizer`] makes its state without a step, others in a
+    first one.
     """
 
     def made(row: Tensors, count: int) -> Any:
@@ -205,11 +205,14 @@ def _ours(record: OptimizerRecord, **options: Any) -> _Kind:
 
     def state(row: Tensors) -> int:
         optimizer = made(row, 1)
-        if not isinstance(optimizer, NamedOptimizer):
+        if isinstance(optimizer, NamedOptimizer):
+            for place in optimizer._params():
+                optimizer._make_state(*place)
+        else:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     param.grad = torch.empty_like(param)
-        optimizer.step()
+            optimizer.step()
         return optimizer_state_bytes(optimizer)
 
     def extra(model: ModelShapes) -> int:

@@ -54,6 +54,8 @@ SLOW = {
     "test_run",
     "test_text_to_image_example",
     "test_trl_scripts",
+    "test_zero",
+    "test_zero_trainer",
 }
 
 
@@ -68,6 +70,16 @@ def pytest_collection_modifyitems(items):
 def _seed():
     """The same random numbers in every test, alone or together."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-cards", action="store_true", help="write the fixtures of whole cards anew")
+
+
+@pytest.fixture
+def write_cards(request):
+    """Whether fixtures of whole cards are to be written."""
+    return request.config.getoption("--write-cards")
 
 
 @pytest.fixture

@@ -148,6 +148,33 @@ def whitened(matrix):
     return (u * kept) @ vh
 
 
+def optimal_quintics(lower, count, cushion=0.018):
+    """Polar Express, Algorithm 1: each the best odd quintic (Remez) for the interval that the one before leaves."""
+    import numpy
+
+    upper, found = 1.0, []
+    for _ in range(count):
+        low = max(lower, cushion * upper)
+        inner = [(3 * low + upper) / 4, (low + 3 * upper) / 4]
+        error = math.inf
+        while True:
+            points = numpy.array([low, *inner, upper])
+            rows = numpy.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)
+            a, b, c, new_error = numpy.linalg.solve(rows, numpy.ones(4))
+            if abs(new_error - error) <= 1e-14:
+                break
+            error = new_error
+            root = math.sqrt(9 * b * b - 20 * a * c)
+            inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
+        if cushion * upper > lower:  # the middle of what the ends become is 1
+            ends = [a * x + b * x**3 + c * x**5 for x in (lower, upper)]
+            a, b, c = (2 / sum(ends) * value for value in (a, b, c))
+        found.append((a, b, c))
+        lower = a * lower + b * lower**3 + c * lower**5
+        upper = 2 - lower
+    return found
+
+
 def swan_direction(matrix):
     """GradNorm, whitening by SVD, rescaled to GradNorm's norm; float64, one matrix."""
     import numpy

@@ -140,10 +140,13 @@ def written(kind, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_card_equals_the_fixture(kind, tmp_path):
+def test_whole_card_equals_the_fixture(kind, tmp_path, write_cards):
     folder = tmp_path / "my-model"
     folder.mkdir()
-    assert written(kind, folder).read_text() == (FIXTURES / f"{kind}.md").read_text()
+    text = written(kind, folder).read_text()
+    if write_cards:
+        (FIXTURES / f"{kind}.md").write_text(text)
+    assert text == (FIXTURES / f"{kind}.md").read_text()
     assert is_generated((FIXTURES / f"{kind}.md").read_text()) == (kind != "resumed")
 
 
@@ -204,7 +207,7 @@ def test_facts_say_what_is_pending_and_what_fell_back(report):
     assert facts.status_sentence.startswith("Tensors of one element or with a constant gradient, whose scale is sqrt(")
     assert facts.status_sentence.endswith("and did not train: 1.")
     assert ("effective batch size at the measurement", "8") in facts.options
-    assert "| `late` | 1 | 3 | - | - | - | pending |" in render_section(facts)
+    assert "| `late` | 1 | 3 | - | - | - | - | - | pending |" in render_section(facts)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,21 @@ def test_runs_that_normalise_differently_are_compared_by_gsnr():
     assert max(map(len, diff.to_text().splitlines())) <= 80
 
 
+def test_what_rms_divides_by_is_read_from_the_rows():
+    rows = [dataclasses.replace(row, scale=row.gsnr / 0.125) for row in ROWS]
+    first = dataclasses.replace(report_of(rows), options={"normalize": "rms"})
+    second = dataclasses.replace(report_of(ROWS), options={"normalize": "max"}, gsnr_max=32.0)
+    assert (first.normalizer, second.normalizer, report_of(ROWS).normalizer) == (0.125, 32.0, 1.0)
+    assert (
+        first.diff(second)
+        .notes[0]
+        .startswith(
+            "The runs normalise differently (first rms, second max): max divides by the largest g-SNR (32) and "
+            "rms divides by the RMS of the first gradient times its scales (0.125). g-SNR is compared here"
+        )
+    )
+
+
 def test_a_run_of_swan_has_nothing_to_compare(runs):
     routes = [RouteRow("q.weight", "q", None, (2, 2), 4, "matrix", "linear layer")]
     swan = dataclasses.replace(runs[0], optimizer="swan", tensors=[], routes=routes)

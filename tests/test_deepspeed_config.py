@@ -116,3 +116,23 @@ def test_the_seam_checks_before_the_host_and_is_taken_back():
         assert "Dummy" in str(host.deepspeed_optim_sched(trainer, asked, SimpleNamespace(optim="sgd_sai"), 10, []))
     finally:
         hf_sai.register()
+
+
+def test_the_page_has_the_costs_as_computed(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent.parent / "benchmarks"))
+    import zero_costs
+
+    page = (EXAMPLES.parent.parent / "docs" / "processes.md").read_text()
+    assert zero_costs.table() in page
+    # By hand, one figure: 8B at stage 3 on 8 GPUs is (2 + 2 + 4 + 4) bytes of 8.03e9 elements on 8.
+    assert zero_costs.bytes_on_a_gpu(zero_costs.MODELS[0], 3, 8, "SGD-SaI") == pytest.approx(12 * 8.03e9 / 8, rel=1e-3)
+    assert zero_costs.measured_bytes(zero_costs.MODELS[0]) == 24 * 291  # the tensors of Llama-3-8B
+
+
+def test_accelerates_files_name_the_modes():
+    import yaml
+
+    zero3 = yaml.safe_load((EXAMPLES / "accelerate_zero3.yaml").read_text())
+    assert zero3["distributed_type"] == "DEEPSPEED"
+    assert (EXAMPLES.parent.parent / zero3["deepspeed_config"]["deepspeed_config_file"]).is_file()
+    assert yaml.safe_load((EXAMPLES / "accelerate_fsdp2.yaml").read_text())["fsdp_config"]["fsdp_version"] == 2

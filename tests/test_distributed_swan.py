@@ -21,11 +21,11 @@ from support.distributed import (
 )
 
 import hf_sai
-from hf_sai.optim import SWAN, whitening
+from hf_sai.optim import SWAN, matrices
 
 
 def optimizer_of(model, **options):
-    # Rounding of two different backward passes is magnified by small directions; ten steps of it stay below 1e-5.
+    # Rounding of two different backward passes is magnified by small directions; ten steps of it stay below 1e-4.
     settings = {"lr": 1e-3, "whitening_dtype": "float32", **options}
     return SWAN(hf_sai.param_groups(model, "swan", weight_decay=0.1), **settings)
 
@@ -71,8 +71,8 @@ def test_two_processes_equal_one(tmp_path, worker, name):
             torch.testing.assert_close(
                 found[parameter_name],
                 param.detach(),
-                rtol=1e-5,
-                atol=1e-5,
+                rtol=1e-4,
+                atol=1e-4,
                 msg=lambda text, n=parameter_name: f"{n}: {text}",
             )
 
@@ -80,7 +80,7 @@ def test_two_processes_equal_one(tmp_path, worker, name):
 def shares_worker(rank, folder, name):
     """The same gradients whole and cut, in any layout: the same update, each matrix whitened on one rank only."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
@@ -92,21 +92,28 @@ def shares_worker(rank, folder, name):
         param.grad = torch.randn_like(param)
         cut.append(torch.nn.Parameter(distribute_tensor(param.detach().clone(), mesh, [placement])))
         cut[-1].grad = distribute_tensor(param.grad, mesh, [placement])
-    counted = []
-    original = whitening.grad_norm
-
-    def count(gradient):
-        counted.append(len(gradient))
-        return original(gradient)
-
-    whitening.grad_norm = count
+    counted, reduced, redistributed = [], [], []
+    whiten, reduce, redistribute = matrices.whitened, dist.all_reduce, DTensor.redistribute
+    matrices.whitened = lambda x, *more: counted.append(len(x)) or whiten(x, *more)
+    dist.all_reduce = lambda *args, **more: reduced.append(1) or reduce(*args, **more)
+    DTensor.redistribute = lambda self, *args, **more: (
+        redistributed.append(self.dtype) or redistribute(self, *args, **more)
+    )
     SWAN(cut, whitening_dtype="float32").step()
-    whitening.grad_norm = original
+    assert (len(reduced), len(redistributed)) == (1, 6)  # the flags of all; there and back for each of three batches
+    del redistributed[:]
+    lean = [torch.nn.Parameter(param.detach().clone()) for param in cut[:5]]
+    for param, other in zip(lean, cut, strict=False):
+        param.grad = other.grad
+    taken = list(counted)
+    SWAN(lean).step()
+    assert redistributed == [torch.bfloat16] * 2
+    matrices.whitened, dist.all_reduce, DTensor.redistribute = whiten, reduce, redistribute
     SWAN(wholes, whitening_dtype="float32").step()
     for sharded, param in zip(cut, wholes, strict=True):
         torch.testing.assert_close(sharded.detach().full_tensor(), param.detach(), rtol=1e-5, atol=1e-6)
     assert {str(p.placements) for p in cut} == {str((placement,)) for placement in placements}
-    torch.save({"matrices": sum(counted)}, folder / f"rank{rank}.pt")
+    torch.save({"matrices": sum(taken)}, folder / f"rank{rank}.pt")
 
 
 def test_the_work_is_shared_and_not_repeated(tmp_path):

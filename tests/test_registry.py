@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 from support.models import tiny_llama, token_blocks
 from support.trainers import arguments
 from transformers import Trainer
+from typer.testing import CliRunner
 
 import hf_sai
+from hf_sai import GSNRReport, SaITrainer
+from hf_sai.cli import app
 from hf_sai.memory import memory_rows
 from hf_sai.model_shapes import named_shapes
 from hf_sai.optim import (
@@ -186,3 +191,112 @@ def test_defaults_are_the_papers():
     assert {name: swan.default(name) for name in ("betas", "eps", "momentum", "weight_decay")} == {
         "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.0, "weight_decay": 0.0
     }  # fmt: skip
+
+
+def test_one_record_and_nothing_else_goes_the_whole_way(tmp_path, monkeypatch):
+    """CONTRIBUTING's "Adding an optimizer": a run by its name, its report in every medium, card, list and memory."""
+    monkeypatch.setenv("COLUMNS", "200")
+    register_record(dummy_record())
+    try:
+        args = arguments(
+            tmp_path, optim="dummy", learning_rate=0.1, weight_decay=0.5, optim_args="momentum=0.75", max_steps=2
+        )
+        trainer = SaITrainer(tiny_llama(), args, train_dataset=token_blocks(8))
+        trainer.train()
+        trainer.save_model()
+        trainer.create_model_card()
+        report = GSNRReport.load(tmp_path)
+        assert (report.optimizer, report.kind, report.options) == ("dummy", "groups", {"momentum": 0.75})
+        assert {row.route: row.reason for row in report.routes} == {
+            "group 0": "lr=0.1, weight_decay=0.5, momentum=0.75",
+            "group 1": "lr=0.1, weight_decay=0.0, momentum=0.75",
+        }
+        assert [line for line in report.to_text().splitlines() if "21 in 2 groups" in line]
+        assert "| tensors | 21 in 2 groups |" in report.to_markdown()
+        assert "<td>group 1</td>" in report.to_html()
+        assert "21 in 2 groups" in report.plot().get_suptitle()
+        assert (tmp_path / "gsnr_report.png").read_bytes()[:4] == b"\x89PNG"
+        card = (tmp_path / "README.md").read_text()
+        for line in (
+            "- dummy",
+            "- arxiv:1609.04747",
+            "- optimizer: dummy of hf_sai with momentum=0.75; see the section Optimizer",
+            "Trained with **dummy** ([paper](https://arxiv.org/abs/1609.04747)) by `hf_sai`: Dummy: of a test.",
+            "| momentum | 0.75 |",
+            "| `norm` | 1 | 16 | group 1 | lr=0.1, weight_decay=0.0, momentum=0.75 |",
+            'args = TrainingArguments("out", optim="dummy", learning_rate=0.1, weight_decay=0.5, '
+            'optim_args="momentum=0.75")',
+        ):
+            assert line in card.splitlines(), line
+        assert not any(word in card for word in ("SGD-SaI", "SWAN", "g-SNR", "scales", "whitened"))
+        listed = CliRunner().invoke(app, ["list"])
+        assert listed.exit_code == 0
+        assert "Dummy: of a test" in listed.stdout
+        (row,) = memory_rows(named_shapes("gpt2"), ["dummy"])
+        assert (row.state, row.extra) == (124_439_808 * 4, 0)
+    finally:
+        unregister_record("dummy")
+
+
+NAMED = {record.name for record in list_records()}
+CLASSES = {record.cls.__name__ for record in list_records()}
+# Their classes and records; SWAN's routing, whose groups have a kind "swan"; a paper's figures beside those counted.
+OF_THEIR_OWN = {
+    "optim/sgd_sai.py",
+    "optim/swan.py",
+    "optim/layerwise.py",
+    "optim/registry.py",
+    "optim/routing.py",
+    "cli/memory.py",
+}
+
+
+def branches_on_one_optimizer(source):
+    """Lines that compare with an optimizer's name or class, or ask for an instance of it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        asked = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            asked = node.args if name in ("isinstance", "issubclass", "startswith", "endswith", "hasattr") else []
+        inside = [each for part in asked for each in ast.walk(part)]
+        words = {getattr(each, "value", None) for each in inside if isinstance(each, ast.Constant)}
+        words |= {getattr(each, "id", getattr(each, "attr", "")) for each in inside}
+        if words & (NAMED | CLASSES):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'x = record.name == "swan"',
+        'if "sgd_sai" in names: pass',
+        'y = name not in ("swan", "swan_layerwise")',
+        "z = isinstance(optimizer, (SWAN, int))",
+        "z = type(optimizer) is optim.SGDSaI",
+        'w = name.startswith("swan")',
+        'match name:\n    case "swan": pass',
+    ],
+)
+def test_a_branch_on_one_optimizer_is_found(line):
+    assert branches_on_one_optimizer(line)
+
+
+def test_no_file_asks_which_of_our_optimizers_it_is():
+    """But their own records and classes: a third one would not be asked for."""
+    root = Path(hf_sai.__file__).parent
+    files = [path for path in sorted(root.rglob("*.py")) if path.relative_to(root).as_posix() not in OF_THEIR_OWN]
+    found = {path.name: lines for path in files if (lines := branches_on_one_optimizer(path.read_text()))}
+    assert found == {}
+    flags = [
+        path.name
+        for path in files
+        if any(getattr(node, "attr", "") == "routed" for node in ast.walk(ast.parse(path.read_text())))
+    ]
+    assert flags == []
+    assert len(files) > 40

@@ -73,9 +73,9 @@ def test_a_tied_head_is_an_embedding_and_conv1d_is_transposed():
     assert split["transformer.h.0.attn.c_proj.weight"][0] == "matrix, transposed"
 
 
-def test_vit_flattens_its_stem_and_keeps_its_classifier():
+def test_vit_keeps_its_patches_and_its_classifier_from_being_whitened():
     found = routed(tiny_vit())
-    assert found["vit.embeddings.patch_embeddings.projection.weight"] == ("matrix", "convolution, flattened")
+    assert found["vit.embeddings.patch_embeddings.projection.weight"] == (ADAM, "embedding")
     assert found["vit.embeddings.position_embeddings"] == (ADAM, "not a matrix")
     assert found["classifier.weight"] == (ADAM, "output head")
 

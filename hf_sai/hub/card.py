@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard
 from ..files import write_whole
 from ..optim.registry import get_record
 from ..report import GSNRReport
+from ..report.facts import shown
 from .header import MODEL_INDEX, Header, HeaderError, header_of, join_card, newline_of, split_card
 from .host_lines import (
     as_list,
@@ -35,7 +36,6 @@ from .section import (
     insert_section,
     read_artifact,
     render_section,
-    shown,
 )
 
 

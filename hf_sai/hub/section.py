@@ -14,7 +14,8 @@ import jinja2
 
 from ..optim.registry import OptimizerRecord, get_record
 from ..report import REPORT_PNG, GSNRReport, format_bytes
-from ..report.facts import batch, chosen, explained, rates, ratio_sentence, status_sentence, words_of
+from ..report.facts import batch, chosen, explained, rates, ratio_sentence, shown, status_sentence, words_of
+from ..report.markdown import escaped
 from ..report.quantities import moved_text
 from .header import newline_of
 from .host_lines import as_list
@@ -228,19 +229,9 @@ def insert_section(text: str, section: str, line: str | None = None) -> str:
     return text[: len(text) - len("".join(ends))] + "".join(before) + section + ("".join(ends[2:]) or line)
 
 
-def shown(value: Any) -> str:
-    """The value of an option, for people."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
-
-
 def _cell(value: Any) -> str:
-    """As a cell of a table: on one line, and what Markdown or HTML would read otherwise is escaped."""
-    text = " ".join(str(value).split())
-    for special in "\\`*|[]<>&":
-        text = text.replace(special, f"\\{special}")
-    return text or "-"
+    """As a cell of a table."""
+    return escaped(value) or "-"
 
 
 def _code(value: Any) -> str:

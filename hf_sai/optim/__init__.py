@@ -11,6 +11,7 @@ _NAMES = {
     ".gsnr": "GradientMoments TensorGSNR gradient_moments gradient_snr",
     ".layerwise": "SGDSaILayerwise SWANLayerwise",
     ".measure": "convert_lr measure_gsnr",
+    ".presets": "swan_preset",
     ".registry": "OptimizerRecord OptionError get_record list_records parse_options register_record unregister_record",
     ".routing": "Route route_parameters",
     ".sgd_sai": "SGDSaI",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # the same for a type checker or an editor, which runs nothin
     from .layerwise import SWANLayerwise as SWANLayerwise
     from .measure import convert_lr as convert_lr
     from .measure import measure_gsnr as measure_gsnr
+    from .presets import swan_preset as swan_preset
     from .registry import OptimizerRecord as OptimizerRecord
     from .registry import OptionError as OptionError
     from .registry import get_record as get_record

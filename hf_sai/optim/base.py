@@ -78,6 +78,8 @@ class NamedOptimizer(Optimizer):
     _progress: ClassVar[tuple[str, ...]] = ("lr",)
     # What a grouping function chose. A checkpoint of before groups held it leaves the run's own.
     _chosen: ClassVar[tuple[str, ...]] = ()
+    # Whether a step has matrix products.
+    _multiplies: ClassVar[bool] = False
     # What a group holds for each of its parameters, and decides updates.
     _per_tensor: ClassVar[tuple[str, ...]] = ()
 
@@ -238,7 +240,7 @@ class NamedOptimizer(Optimizer):
         if not self.__dict__.get("_has_gradients"):
             self._look_for_gradients()
         self._read_late_news()
-        with undisturbed():
+        with undisturbed(self._multiplies):
             self._advance()
         return loss
 
@@ -397,20 +399,23 @@ class NamedOptimizer(Optimizer):
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """While it is open, neither an autocast nor a lower precision of float32 products around a step changes it."""
+def undisturbed(products: bool) -> Iterator[None]:
+    """While it is open, no autocast changes a step, and where it has float32 `products` no lower precision of them."""
     accelerator = torch.accelerator.current_accelerator()
     devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     with contextlib.ExitStack() as stack:
         for device in devices:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.callback(_exact_products())
+        if products:
+            stack.callback(_exact_products())
         yield
 
 
 def _exact_products() -> Callable[[], None]:
     """Has float32 products computed in float32; returns what makes it as it was."""
+    if torch.compiler.is_compiling():  # which can't trace these settings
+        return lambda: None
     modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     backends = [each.matmul for each in modules if _has_precision(getattr(each, "matmul", None))]
     if not backends:  # torch before 2.9

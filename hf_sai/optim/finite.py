@@ -56,7 +56,7 @@ def find_not_finite(gradients: Sequence[Tensor]) -> Found:
             for dim in range(place.ndim):
                 group = place.get_group(dim)
                 torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=group)
-        if flags.device.type == "cpu":
+        if is_known_at_once(flags.device):
             found.bad.update(index for index, flag in zip(indices, flags.tolist(), strict=True) if flag)
         else:
             found.tables.append((indices, flags))
@@ -64,13 +64,21 @@ def find_not_finite(gradients: Sequence[Tensor]) -> Found:
     return found
 
 
+def is_known_at_once(device: torch.device) -> bool:
+    """Whether to read from it is not to wait for it."""
+    return device.type == "cpu"
+
+
 def _not_finite(gradients: list[Tensor]) -> Tensor:
     """`[k]` float32: 1.0 for a tensor with inf or NaN; 0.0 for one without elements."""
     device = gradients[0].device
-    if device.type == "cpu":
+    if is_known_at_once(device):
         # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
-        norms = [torch.linalg.vector_norm(gradient).item() for gradient in gradients]
-        odd = [not math.isfinite(norm) and not _all_finite(each) for norm, each in zip(norms, gradients, strict=True)]
+        dtypes, norms = {gradient.dtype for gradient in gradients}, torch._foreach_norm(gradients)
+        finite = torch.stack([norm.isfinite() for norm in norms]) if len(dtypes) > 1 else torch.stack(norms).isfinite()
+        if bool(finite.all()):
+            return torch.zeros(len(gradients))
+        odd = [not norm and not _all_finite(each) for norm, each in zip(finite.tolist(), gradients, strict=True)]
         return torch.tensor(odd, dtype=torch.float32)
     there = [gradient for gradient in gradients if gradient.numel()]
     bad = iter(_largest_not_finite(there))
@@ -122,5 +130,5 @@ class LateNews:
         for there, event, items in waiting:
             if event is not None:
                 event.synchronize()
-            found += [item for flag, item in zip(there.tolist(), items, strict=True) if flag]
+            found += [item for flag, item in zip(there.numpy(), items, strict=True) if flag]
         return found

@@ -18,9 +18,10 @@ from .groups import Group, plain_groups, sgd_sai_groups, swan_groups, swan_group
 from .gsnr import NORMALIZATIONS
 from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .lora_pairs import PAIR_POLICIES
+from .matrices import WHITENING_DTYPES
 from .routing import LORA_POLICIES
 from .sgd_sai import STATE_DTYPES, SGDSaI
-from .swan import SWAN, WHITENING_DTYPES
+from .swan import SWAN
 from .whitening import METHODS
 
 
@@ -74,8 +75,8 @@ class OptimizerRecord:
         regroup (callable, *optional*): From groups of named tensors, the modules that hold them, and the options that
             are marked `routing` to groups, a number of tensors without a module, and a line for the terminal; for
             scripts that give no model. `None`: groups stay as they are, and these options are refused.
-        host_settings (`tuple[str, ...]`, *optional*): Arguments of the constructor that the host's settings for Adam
-            hold for: `"betas"`, `"eps"`.
+        host_settings (`tuple[str, ...]`, *optional*): Arguments of the constructor that the host's settings hold
+            for: of Adam `"betas"` and `"eps"`; `"share_whitening"`, whether it runs under DDP.
         adam_rates (`bool`, *optional*, defaults to `False`): Whether learning rates are in AdamW's terms, so that its
             usual ones need no warning.
         saved_keys (`frozenset[str]`, *optional*): Keys of its groups that tell its state from those of others.
@@ -175,7 +176,8 @@ _SWAN = OptimizerRecord(
     options=(
         Option("whitening", " or ".join(METHODS), one_of(*METHODS), "how matrices are whitened"),
         Option("ns_steps", "a whole number or none", or_none(to_int), "of the iteration; none takes the method's own"),
-        Option("whitening_dtype", " or ".join(WHITENING_DTYPES), one_of(*WHITENING_DTYPES), "of polar_express"),
+        Option("ns_beta", "a number or none", or_none(to_float), "step size of newton_schulz and nsds"),
+        Option("whitening_dtype", " or ".join(WHITENING_DTYPES), one_of(*WHITENING_DTYPES), "of the products"),
         Option("scale", "a number", to_float, "of the learning rate, for matrices"),
         Option("adam_lr_ratio", "a number", to_float, "of the learning rate, for what goes to Adam"),
         Option("betas", "two numbers, such as 0.9/0.999", to_pair, "Adam's"),
@@ -184,6 +186,7 @@ _SWAN = OptimizerRecord(
         Option("maximize", "true or false", to_bool, "ascend instead of descend"),
         Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
         Option("max_batch_bytes", "a whole number or none", or_none(to_int), "bound on whitening's extra memory"),
+        Option("share_whitening", "true or false", to_bool, "over the ranks, under DDP; a trainer sets it there"),
         Option(
             "lora_whitening",
             " or ".join(LORA_POLICIES),
@@ -199,7 +202,7 @@ _SWAN = OptimizerRecord(
     grouping=swan_groups,
     needs_modules=True,
     regroup=swan_groups_of,
-    host_settings=("betas", "eps"),  # of the tensors that go to Adam
+    host_settings=("betas", "eps", "share_whitening"),  # the first two of the tensors that go to Adam
     adam_rates=True,
     saved_keys=frozenset({"kind", "routes"}),
     rows="routes",

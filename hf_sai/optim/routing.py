@@ -406,3 +406,24 @@ def routes_of_group(group: dict[str, Any]) -> tuple[list[str], list[str]]:
                 )
         return [route for route, _ in found], ["kind='swan'"] * len(found)
     return [route for route, _ in found], [reason for _, reason in found]
+
+
+def complete_routes(group: dict[str, Any]) -> None:
+    """
+    Gives a group the routes that it lacks, and checks those that it has.
+
+    Raises:
+        `ValueError`: They do not fit.
+    """
+    if "routes" not in group:
+        group["routes"], group["reasons"] = routes_of_group(group)
+    group.setdefault("reasons", [""] * len(group["routes"]))
+    if not len(group["routes"]) == len(group["reasons"]) == len(group["params"]):
+        raise ValueError(
+            f"a group must have one route per parameter but has {len(group['routes'])} for "
+            f"{len(group['params'])}, and {len(group['reasons'])} reasons; leave them out, or take what "
+            "hf_sai.param_groups gives"
+        )
+    for route in group["routes"]:
+        if route != ADAM:
+            layout_of(route)

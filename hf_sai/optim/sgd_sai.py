@@ -62,11 +62,12 @@ class SGDSaI(MeasuredScales):
         theta = theta * (1 - lr * weight_decay) - lr * scale * m_t
 
     A gradient is informative if it is finite and not all zero. Until a tensor has had one it is *pending*: a zero
-    gradient changes nothing but the decay, a gradient with inf or NaN skips that tensor for that step with one
-    warning. So LoRA's `A`, whose gradient is zero at step 1 because `B` is zero, is measured at the first step after
-    `B` moved and trains; the published implementations freeze it. A tensor of one element, or whose gradient is
-    constant to the precision of its dtype, has no standard deviation: its g-SNR is `sqrt(n)`, marked as fallback, and
-    it never sets the maximum. (While nothing but fallbacks was seen, the largest of them divides under `"max"`.)
+    gradient changes nothing but the decay. A gradient with inf or NaN leaves that tensor and its state as they are, at
+    any step, with one warning (on an accelerator in the next step). So LoRA's `A`, whose gradient is zero at step 1
+    because `B` is zero, is measured at the first step after `B` moved and trains; the published implementations freeze
+    it. A tensor of one element, or whose gradient is constant to the precision of its dtype, has no standard
+    deviation: its g-SNR is `sqrt(n)`, marked as fallback, and it never sets the maximum. (While nothing but fallbacks
+    was seen, the largest of them divides under `"max"`.)
 
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
@@ -95,7 +96,7 @@ class SGDSaI(MeasuredScales):
             Learning rate, before `scale`. A tensor without dimensions on the parameters' device is not read back, so
             that steps after the measuring ones can be captured in a CUDA graph; these take the plain path.
         momentum (`float`, *optional*, defaults to 0.9):
-            Decay of the momentum buffer, in [0, 1). 0 keeps no buffer.
+            Decay of the momentum buffer, in [0, 1). 0 keeps no buffer; one that is there waits, as torch's SGD has it.
         weight_decay (`float`, *optional*, defaults to 1e-2):
             Decoupled decay: `theta` shrinks by `lr * weight_decay`, without `scale`. Never part of the gradient.
         eps (`float`, *optional*, defaults to 1e-8):
@@ -286,7 +287,7 @@ class SGDSaI(MeasuredScales):
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
         dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else buffer_dtype(param.dtype)
         buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        self.state[param].update(momentum_buffer=buffer, decay_ratio=0.0, decay=0.0)
+        self.state[param].update(momentum_buffer=buffer, decay_ratio=_NOT_BEGUN, decay=0.0)
 
     def _update(
         self,
@@ -322,11 +323,10 @@ class SGDSaI(MeasuredScales):
             if batch is moving:
                 if "momentum_buffer" not in state:  # momentum was switched on after the first step
                     self._add_buffer(group, param)
-                    batch = starting
-                elif first and param in first:
+                if state["decay_ratio"] == _NOT_BEGUN or (first and param in first):
                     batch = starting  # m_1 = g_1
                 batch.buffers.append(local(state["momentum_buffer"]))
-            elif state.get("decay_ratio"):
+            elif state.get("decay_ratio", 0.0) > 0.0:
                 _unfold_decay(state, param)
             batch.params.append(local(param))
             batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
@@ -418,6 +418,8 @@ class SGDSaI(MeasuredScales):
 
 # What a tensor's state has because of its momentum buffer.
 _OF_BUFFER = ("momentum_buffer", "decay_ratio", "decay")
+# The `decay_ratio` of a buffer that holds no gradient yet.
+_NOT_BEGUN = -1.0
 
 
 def _unfold_decay(state: dict[str, Any], param: Tensor) -> None:

@@ -2,7 +2,8 @@
 Whole matrices from sharded ones and back, each rank getting its share, through the public DTensor API.
 
 A stack of `k` tensors that are sharded alike is itself a tensor of one dimension more. Redistributed so that the stack
-is sharded instead, each rank holds some of the matrices whole; redistributed back, it holds its pieces of all.
+is sharded instead, each rank holds some of the matrices whole; redistributed back, it holds its pieces of all. Both
+are started and not waited for: the first use of what they give waits.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Sharding:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for tensors that can be stacked."""
-        return (id(self.mesh), self.placements, self.stride)
+        return (self.mesh, self.placements, self.stride)
 
     @property
     def ranks(self) -> int:
@@ -51,9 +52,8 @@ class Sharding:
         Returns:
             `torch.Tensor`: `[this rank's part of k, *shape]`; the part may be empty.
         """
-        return (
-            self._stacked(pieces, len(pieces), self._by_piece()).redistribute(placements=self._by_tensor()).to_local()
-        )
+        stacked = self._stacked(pieces, len(pieces), self._by_piece())
+        return stacked.redistribute(placements=self._by_tensor(), async_op=True).to_local()
 
     def scatter(self, whole: Tensor, count: int) -> Tensor:
         """
@@ -63,15 +63,12 @@ class Sharding:
             whole (`torch.Tensor`): `[this rank's part of k, *shape]`.
             count (`int`): `k`.
         """
-        return self._stacked(whole, count, self._by_tensor()).redistribute(placements=self._by_piece()).to_local()
+        stacked = self._stacked(whole, count, self._by_tensor())
+        return stacked.redistribute(placements=self._by_piece(), async_op=True).to_local()
 
-    def everywhere(self, flags: Tensor) -> Tensor:
-        """Flags that are true on all ranks."""
-        counts = flags.to(torch.int32)
-        for dim in range(self.mesh.ndim):
-            group = self.mesh.get_group(dim)
-            torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MIN, group=group)
-        return counts.bool()
+    def cuts(self, dims: range) -> bool:
+        """Whether one of these dimensions is sharded."""
+        return any(each.is_shard() and each.dim in dims for each in self.placements)
 
     def _by_piece(self) -> list[Any]:
         from torch.distributed.tensor import Shard
@@ -91,6 +88,20 @@ class Sharding:
         return DTensor.from_local(
             values.contiguous(), self.mesh, placements, run_check=False, shape=shape, stride=stride
         )
+
+
+def true_everywhere(flags: Tensor, mesh: Any) -> Tensor:
+    """
+    Flags that are true on all ranks: one small collective per dimension of the mesh.
+
+    Args:
+        flags (`torch.Tensor`): `[k]`, of this rank.
+        mesh (`DeviceMesh`): The ranks.
+    """
+    counts = flags.to(torch.int32)
+    for dim in range(mesh.ndim):
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MIN, group=mesh.get_group(dim))
+    return counts.bool()
 
 
 def sharding_of(param: Tensor) -> Sharding:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,32 +33,29 @@ from .checks import (
     to_int,
     to_pair,
 )
-from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
-from .sgd_update import round_stochastically_
-from .sharding import Sharding, sharding_of
+from .matrices import (
+    ACCELERATOR_BATCH_BYTES,
+    BYTES_PER_ELEMENT,
+    CPU_BATCH_BYTES,
+    WHITENING_DTYPES,
+    Batch,
+    Matrix,
+    batches_of,
+    directions,
+    move,
+    whiten,
+)
+from .routing import ADAM, LORA_POLICIES, Route, complete_routes, layout_of
+from .sharding import sharding_of, true_everywhere
+from .sharing import differ, ranks, whiten_sharded, whiten_shared
 from .tensors import buffer_dtype, check_gradient, gradient_of, is_sharded, local
-from .whitening import METHODS, Method, check_whitening, swan_direction
+from .whitening import METHODS, Method, check_whitening, in_range, sizes
 from .zero_swan import move_pieces
 
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("auto", "swan", "adam")
-WHITENING_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Bytes that whitening needs per element of a batch, copies and products included: measured, see tests/test_swan.py.
-BYTES_PER_ELEMENT = 32
-CPU_BATCH_BYTES, ACCELERATOR_BATCH_BYTES = 2**25, 2**30
-
-
-@dataclass
-class _Matrix:
-    """A tensor to whiten in this step."""
-
-    group: dict[str, Any]
-    name: str
-    param: Tensor
-    grad: Tensor
-    layout: Layout
 
 
 class SWAN(NamedOptimizer):
@@ -79,11 +74,12 @@ class SWAN(NamedOptimizer):
     tensor goes where is decided by [`hf_sai.param_groups`] from the modules; without a model, tensors of two
     dimensions or more are taken for matrices, flattened to `(first dimension, rest)`.
 
-    Matrices of equal shape are whitened together across layers. A zero gradient gives a zero update. A matrix whose
+    Matrices of equal shape are whitened together across layers. A zero gradient gives a zero update. A tensor whose
     gradient has inf or NaN is left alone in that step, with one warning (on an accelerator in the next step, because
     reading it at once would make the device wait).
 
     DTensors (FSDP2) are whitened whole: each batch is exchanged so that every rank whitens its share of the matrices.
+    Under DDP each rank whitens its share too, with `share_whitening`.
 
     A group holds, besides the options, `kind` (`"swan"`, `"adam"` or `"auto"`) and for each of its parameters `routes`
     and `reasons`. State per tensor: for Adam's `step`, `exp_avg`, `exp_avg_sq`; for a matrix `step`, a plain number,
@@ -94,12 +90,14 @@ class SWAN(NamedOptimizer):
             What to optimize; `hf_sai.param_groups(model, "swan")` for a model.
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate, in AdamW's terms: the one that is right for AdamW is a good start.
-        whitening (`str`, *optional*, defaults to `"polar_express"`):
-            `"polar_express"`, `"newton_schulz"` (the paper's iteration) or `"svd"`; see
-            [`hf_sai.optim.whitening.grad_whitening`].
-        ns_steps (`int`, *optional*): Steps of the iteration; `None` for the method's own (6, and the paper's 10).
+        whitening (`str`, *optional*, defaults to `"polar"`):
+            `"polar"`, `"polar_express"`, `"newton_schulz"` and `"nsds"` (the paper's two) or `"svd"`; see
+            [`hf_sai.optim.whitening.grad_whitening`], and [`hf_sai.optim.swan_preset`] for the paper's settings.
+        ns_steps (`int`, *optional*): Steps of the iteration; `None` for the method's own: 3, 6, the paper's 10 and 2.
+        ns_beta (`float`, *optional*): Step size of `"newton_schulz"` and `"nsds"`; `None` for 0.5 and 0.4.
         whitening_dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Of the arithmetic of `"polar_express"`: `"bfloat16"` or `"float32"`. The others compute in float32.
+            Of the products of `"polar"`, `"polar_express"` and `"nsds"`, and of their updates: `"bfloat16"` or
+            `"float32"`. The others compute in float32.
         scale (`float`, *optional*, defaults to 3.0):
             What `lr` is multiplied by for matrices.
         adam_lr_ratio (`float`, *optional*, defaults to 3.0):
@@ -114,12 +112,18 @@ class SWAN(NamedOptimizer):
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Rounds bf16 parameters at random, so that updates below their resolution are not lost.
         max_batch_bytes (`int`, *optional*):
-            Bound on the extra memory of whitening, as long as one matrix fits into it. `None`: 32 MiB on the CPU,
+            Bound on the extra memory of whitening, as long as one matrix fits into it. `None`: 16 MiB on the CPU,
             which stays near the caches, and 1 GiB elsewhere.
+        share_whitening (`bool`, *optional*, defaults to `False`):
+            Whether the processes of the default group share the work: each whitens its part of the matrices, and the
+            updates are gathered in `whitening_dtype`. All of them must step together and hold equal gradients, as
+            under DistributedDataParallel; that is checked before the first step. Trainers set it under DDP, unless
+            the option is given. DTensors are shared in any case, and layer-wise updates never.
 
     Raises:
         `ValueError`: An option is out of its range, or a group of kind `"swan"` holds a tensor that is no matrix.
-        `RuntimeError`: In `step()`, a gradient is sparse, or a DTensor is laid out as it can't be gathered.
+        `RuntimeError`: In `step()`, a gradient is sparse, a DTensor is laid out as it can't be gathered, or
+            `share_whitening` is set and the ranks' gradients differ.
 
     Example:
 
@@ -128,16 +132,19 @@ class SWAN(NamedOptimizer):
     ```
     """
 
+    share_whitening = False  # where an optimizer was copied or unpickled
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
     _per_tensor = ("routes",)
+    _multiplies = True
 
     def __init__(
         self,
         params: ParamsT,
         lr: float = 1e-3,
         *,
-        whitening: Method = "polar_express",
+        whitening: Method = "polar",
         ns_steps: int | None = None,
+        ns_beta: float | None = None,
         whitening_dtype: str = "bfloat16",
         scale: float = 3.0,
         adam_lr_ratio: float = 3.0,
@@ -148,6 +155,7 @@ class SWAN(NamedOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         max_batch_bytes: int | None = None,
+        share_whitening: bool = False,
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
@@ -155,6 +163,7 @@ class SWAN(NamedOptimizer):
             "lr": lr,
             "whitening": whitening,
             "ns_steps": ns_steps,
+            "ns_beta": ns_beta,
             "whitening_dtype": str(whitening_dtype).removeprefix("torch."),
             "scale": scale,
             "adam_lr_ratio": adam_lr_ratio,
@@ -173,6 +182,9 @@ class SWAN(NamedOptimizer):
         }
         defaults = from_text(defaults, _FROM_TEXT)
         _check_options(defaults)
+        check_flag("share_whitening", share_whitening)
+        # No option of the groups: it changes no update, and a run may go on with another number of ranks.
+        self.share_whitening = share_whitening
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -190,7 +202,7 @@ class SWAN(NamedOptimizer):
         _check_options({**self.defaults, **group})
         super().add_param_group({**group, "params": self._with_names(param_group["params"])})
         try:
-            _complete_routes(self.param_groups[-1])
+            complete_routes(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()  # as if it had not come
             raise
@@ -214,17 +226,13 @@ class SWAN(NamedOptimizer):
         Args:
             one_at_a_time (`bool`, *optional*, defaults to `False`): As layer-wise updates whiten.
         """
-        batches: dict[Any, list[_Matrix]] = {}
-        for row, (group_index, _, param) in zip(self.routes(), self._params(), strict=True):
-            if row.route != ADAM:
-                matrix = _Matrix(self.param_groups[group_index], row.name, param, param, layout_of(row.route))
-                batches.setdefault(_batch_key(matrix), []).append(matrix)
-        counts = [
-            (1 if one_at_a_time else len(batch), batch[0].param.numel())
-            for matrices in batches.values()
-            for batch in _chunks(matrices)
+        matrices = [
+            Matrix(self.param_groups[group_index], row.name, param, param, layout_of(row.route))
+            for row, (group_index, _, param) in zip(self.routes(), self._params(), strict=True)
+            if row.route != ADAM
         ]
-        return max((BYTES_PER_ELEMENT * count * numel for count, numel in counts), default=0)
+        batches = batches_of(matrices)
+        return max(((1 if one_at_a_time else len(batch)) * batch[0].extra_bytes for batch in batches), default=0)
 
     def extra_bytes(self, one_at_a_time: bool = False) -> int:
         """The most that a step needs for a while: as `whitening_bytes`, or Adam's float32 copies of low precision."""
@@ -248,13 +256,13 @@ class SWAN(NamedOptimizer):
         self._update(places if self._pieces is None else move_pieces(self, list(places), _directions_of, _elements))
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
-        with undisturbed():
+        with undisturbed(self._multiplies):
             self._update([(group_index, index, param)])
         return True
 
     def _update(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
         """Updates those of some parameters that have a gradient."""
-        batches: dict[Any, list[_Matrix]] = {}
+        matrices: dict[Any, list[Matrix]] = {}
         rest: list[tuple[int, str, Tensor]] = []
         for group_index, index, param in places:
             group = self.param_groups[group_index]
@@ -267,11 +275,11 @@ class SWAN(NamedOptimizer):
             if group["routes"][index] == ADAM:
                 rest.append((group_index, name, param))
                 continue
-            matrix = _Matrix(group, name, param, gradient_of(param), layout_of(group["routes"][index]))
-            batches.setdefault(_batch_key(matrix), []).append(matrix)
-        for matrices in batches.values():
-            for batch in _chunks(matrices):
-                self._whiten(batch)
+            mesh = sharding_of(param).mesh if is_sharded(param) else None
+            matrix = Matrix(group, name, param, gradient_of(param), layout_of(group["routes"][index]))
+            matrices.setdefault((param.device, mesh), []).append(matrix)
+        for (_, mesh), found in matrices.items():
+            self._whiten(found, mesh)
         self._update_by_adam(rest)
 
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
@@ -299,57 +307,72 @@ class SWAN(NamedOptimizer):
         for (group_index, _), (batch, flags) in batches.items():
             _adam(self.param_groups[group_index], batch, flags)
 
-    def _whiten(self, batch: list[_Matrix]) -> None:
-        """Whitens matrices of one shape together, and moves the parameters."""
-        first = batch[0]
-        sharding = sharding_of(first.param) if is_sharded(first.param) else None
-        grads = torch.stack([local(matrix.grad) for matrix in batch])
-        finite = self._finite(batch, grads, sharding)
-        if finite is not None:
-            good = finite.view(-1, *[1] * (grads.ndim - 1))
-            grads = torch.where(good, grads, 0.0)
-        if first.group["momentum"]:
-            grads = self._running_means(batch, grads, finite)
-            grads = grads if finite is None else torch.where(good, grads, 0.0)
-        if sharding is not None:
-            grads = sharding.gather(grads)
-        updates = _directions(grads, first) if len(grads) else grads
-        del grads
-        if sharding is not None:
-            updates = sharding.scatter(updates, len(batch))
-        for index, matrix in enumerate(batch):
-            kept = None if finite is None else finite[index]
-            _move(matrix, updates[index], kept)
-            if kept is None or kept.device.type != "cpu" or bool(kept):
-                self.state[matrix.param]["step"] += 1
+    def _whiten(self, matrices: list[Matrix], mesh: Any) -> None:
+        """Whitens matrices on one device or, with a mesh, sharded over one; and moves the parameters."""
+        batches = batches_of(matrices)
+        ordered = [matrix for batch in batches for matrix in batch]
+        names = [matrix.name for matrix in ordered]
+        size = sizes([local(matrix.source) for matrix in ordered])
+        flags = size.isfinite()
+        shared = mesh is None and self._shares(names, size)
+        states = [self.state[matrix.param] for matrix in ordered]
+        finite = self._tell_of(names, flags if mesh is None else true_everywhere(flags, mesh), states)
+        counts = [len(batch) for batch in batches]
+        split = [None] * len(batches) if finite is None else finite.split(counts)
+        work = [Batch(*each) for each in zip(batches, size.split(counts), split, strict=True)]
+        for batch in work:
+            self._advance_means(batch)
+        if mesh is not None:
+            whiten_sharded(work)
+        elif shared:
+            whiten_shared(work)
+        else:
+            for batch in work:
+                updates, factors = whiten(batch)
+                move(batch, updates.unbind(0), factors)
+        # On an accelerator all are counted; those that did not move are counted back when that is known.
+        moved = [True] * len(states) if finite is None or finite.device.type != "cpu" else finite.tolist()
+        for state, has_moved in zip(states, moved, strict=True):
+            state["step"] += has_moved
 
-    def _running_means(self, batch: list[_Matrix], grads: Tensor, finite: Tensor | None) -> Tensor:
-        """The momentum buffers after these gradients, stacked; one whose gradient is not finite stays as it is."""
-        means = []
-        for index, matrix in enumerate(batch):
+    def _shares(self, names: list[str], size: Tensor) -> bool:
+        """Whether the ranks share the work; they compare their gradients before the first step that does."""
+        if not self.share_whitening or ranks() == 1:
+            return False
+        if not self.__dict__.get("_ranks_agree"):
+            if differ(names, size):
+                raise RuntimeError(
+                    "share_whitening=True needs equal gradients on all ranks, as DistributedDataParallel makes them, "
+                    f"but those of rank {torch.distributed.get_rank()} and another differ; wrap the model in it, or "
+                    "set share_whitening=False"
+                )
+            self.__dict__["_ranks_agree"] = True
+        return True
+
+    def _advance_means(self, batch: Batch) -> None:
+        """Takes the gradients into the momentum buffers, which are what is whitened then; inf and NaN are not."""
+        by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        if not batch.matrices[0].group["momentum"]:
+            return
+        for index, matrix in enumerate(batch.matrices):
             state, weight = self.state[matrix.param], 1.0 - matrix.group["momentum"]
-            if "momentum_buffer" not in state:
+            kept, finite = state.get("momentum_buffer"), batch.finite
+            if kept is None:
                 dtype = buffer_dtype(matrix.param.dtype)
-                empty = torch.zeros_like(matrix.param, dtype=dtype, memory_format=torch.preserve_format)
-                state["momentum_buffer"] = empty
+                kept = torch.zeros_like(matrix.param, dtype=dtype, memory_format=torch.preserve_format)
                 weight = 1.0
-            buffer = local(state["momentum_buffer"])
-            buffer.lerp_(
-                grads[index].to(buffer.dtype), weight if finite is None else weight * finite[index].to(buffer.dtype)
-            )
-            means.append(buffer)
-        return torch.stack(means)
-
-    def _finite(self, batch: list[_Matrix], grads: Tensor, sharding: Sharding | None) -> Tensor | None:
-        """Per tensor of the batch whether its gradient is finite; `None` where all are, and that can be read."""
-        # The largest absolute value is finite only if all are; one pass, no mask the size of the gradients.
-        wide = grads.flatten(1)  # of a rank that holds no row, nothing: the largest of it is 0
-        largest = torch.linalg.vector_norm(wide, ord=math.inf, dim=1) if wide.shape[1] else wide.new_zeros(len(wide))
-        finite = largest.isfinite()
-        if sharding is not None:
-            finite = sharding.everywhere(finite)
-        states = [self.state[matrix.param] for matrix in batch]
-        return self._tell_of([matrix.name for matrix in batch], finite, states)
+                if finite is None or finite.device.type != "cpu" or bool(finite[index]):
+                    state["momentum_buffer"] = kept
+            buffer, gradient = local(kept), local(matrix.source)
+            if batch.finite is not None:
+                gradient = torch.where(batch.finite[index], gradient, buffer)
+            buffers, gradients = by_weight.setdefault(weight, ([], []))
+            buffers.append(buffer)
+            gradients.append(gradient.to(buffer.dtype))
+            matrix.source = kept
+        for weight, (buffers, gradients) in by_weight.items():
+            torch._foreach_lerp_(buffers, gradients, weight)
+        batch.size = sizes([local(matrix.source) for matrix in batch.matrices])
 
     def _tell_of(self, names: list[str], finite: Tensor, states: list[dict[str, Any]]) -> Tensor | None:
         """The flags, or `None` where all are set and that can be read; has those that are not told of."""
@@ -358,84 +381,28 @@ class SWAN(NamedOptimizer):
                 return None
             self._tell_not_finite([name for name, good in zip(names, finite.tolist(), strict=True) if not good])
             return finite
-        undo = [functools.partial(_count_back, state) for state in states]
+        undo = [functools.partial(_put_back, state, dict(state)) for state in states]
         self._late_news.send(finite.logical_not(), list(zip(names, undo, strict=True)))
         return finite
 
 
-def _count_back(state: dict[str, Any]) -> None:
-    state["step"] -= 1
-
-
-def _complete_routes(group: dict[str, Any]) -> None:
-    """Gives a group the routes that it lacks, and checks those that it has."""
-    if "routes" not in group:
-        group["routes"], group["reasons"] = routes_of_group(group)
-    group.setdefault("reasons", [""] * len(group["routes"]))
-    if not len(group["routes"]) == len(group["reasons"]) == len(group["params"]):
-        raise ValueError(
-            f"a group must have one route per parameter but has {len(group['routes'])} for "
-            f"{len(group['params'])}, and {len(group['reasons'])} reasons; leave them out, or take what "
-            "hf_sai.param_groups gives"
-        )
-    for route in group["routes"]:
-        if route != ADAM:
-            layout_of(route)
-
-
-def _batch_key(matrix: _Matrix) -> Any:
-    """Tensors with the same key can be stacked and whitened by one call."""
-    param, group = matrix.param, matrix.group
-    place = sharding_of(param).key if is_sharded(param) else ()
-    options = [group[name] for name in ("whitening", "ns_steps", "whitening_dtype", "maximize")]
-    options.append(bool(group["momentum"]))
-    return (tuple(param.shape), matrix.layout, param.device, matrix.grad.dtype, place, *options)
-
-
-def _chunks(matrices: list[_Matrix]) -> Iterator[list[_Matrix]]:
-    """Batches within the bound on extra memory; sharded ones as many times larger as there are ranks to share them."""
-    param = matrices[0].param
-    default = CPU_BATCH_BYTES if param.device.type == "cpu" else ACCELERATOR_BATCH_BYTES
-    bound = min(matrix.group["max_batch_bytes"] or default for matrix in matrices)
-    ranks = sharding_of(param).ranks if is_sharded(param) else 1
-    size = max(1, bound // (BYTES_PER_ELEMENT * max(1, param.numel()))) * ranks
-    for start in range(0, len(matrices), size):
-        yield matrices[start : start + size]
-
-
-def _directions(grads: Tensor, like: _Matrix) -> Tensor:
-    """Update directions of a stack of gradients, in the shape of the parameters."""
-    group = like.group
-    dtype = WHITENING_DTYPES[group["whitening_dtype"]]
-    found = swan_direction(like.layout.matrices(grads), group["whitening"], group["ns_steps"], dtype)
-    if group["maximize"]:
-        found.neg_()
-    return like.layout.tensors(found, grads.shape[1:])
+def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
+    """Undoes a step that a device left out: its count, and a buffer that began; one that was there did not move."""
+    state.clear()
+    state.update(before)
 
 
 def _directions_of(group: dict[str, Any], route: str, grads: Tensor) -> Tensor:
-    return _directions(grads, _Matrix(group, "", grads, grads, layout_of(route)))
+    """Update directions of RMS 1 for a stack of whole gradients."""
+    like = Matrix(group, "", grads[0], grads[0], layout_of(route))
+    updates, factors = directions(in_range(grads, sizes(list(grads.unbind(0)))), like)
+    return updates * factors.view(-1, *[1] * (updates.ndim - 1))
 
 
 def _elements(group: dict[str, Any], device: torch.device) -> int:
     """That are whitened at once."""
     default = CPU_BATCH_BYTES if device.type == "cpu" else ACCELERATOR_BATCH_BYTES
-    return (group["max_batch_bytes"] or default) // BYTES_PER_ELEMENT
-
-
-def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:
-    """`W (1 - lr * weight_decay) - lr * scale * dW` in float32, rounded once; no decay without a finite gradient."""
-    group, param = matrix.group, local(matrix.param)
-    lr = float(group["lr"])
-    wide = param.to(torch.promote_types(param.dtype, torch.float32))
-    if group["weight_decay"]:
-        decay = lr * group["weight_decay"]
-        wide.mul_(1.0 - decay if finite is None else 1.0 - decay * finite.to(wide.dtype))
-    wide.add_(update, alpha=-lr * group["scale"])
-    if wide is not param:
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            round_stochastically_(wide)
-        param.copy_(wide)
+    return int(group["max_batch_bytes"] or default) // BYTES_PER_ELEMENT
 
 
 def _adam(group: dict[str, Any], batch: AdamBatch, found: list[Tensor]) -> None:
@@ -469,7 +436,7 @@ def _check_options(options: dict[str, Any]) -> None:
         check_number(name, options[name], "give a number such as 0.001")
     for name in ("scale", "adam_lr_ratio"):
         check_number(name, options[name], "the default is 3.0", positive=True)
-    check_whitening(options["whitening"], options["ns_steps"])
+    check_whitening(options["whitening"], options["ns_steps"], options["ns_beta"])
     check_choice("whitening_dtype", options["whitening_dtype"], WHITENING_DTYPES, "float32 keeps all digits")
     check_betas(options["betas"])
     check_share("momentum", options["momentum"], "the paper has none, 0.0")

@@ -2,48 +2,37 @@
 The two operators of SWAN as pure functions of tensors: row-wise normalisation and whitening of a matrix gradient.
 
 Source: Ma, Gong, Scetbon, Meeds, "SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training", arXiv
-2412.13148; Polar Express: Amsel, Persson, Musco, Gower, arXiv 2505.16932.
+2412.13148; the polynomials of `polynomials.py`.
 
-All take matrices `[..., m, n]` (rows are output features; leading dimensions are a batch), of any floating dtype, and
-compute in float32 or above unless asked for less. For finite input the output is finite, and the scale of the input
-does not matter.
+All take matrices `[..., m, n]` (rows are output features; leading dimensions are a batch), of any floating dtype. For
+finite input the output is finite, and the scale of the input does not matter. A transposed view is worked on as it
+lies in memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .checks import check_choice, check_whole
+from .polynomials import flattened, polar_factor, smaller_gram, times_smaller
 
 
-Method = Literal["newton_schulz", "polar_express", "svd"]
-METHODS = ("newton_schulz", "polar_express", "svd")
-DEFAULT_STEPS = {"newton_schulz": 10, "polar_express": 6, "svd": 0}
-
-# Odd quintic polynomials p(x) = a x + b x^3 + c x^5, each the best for the interval that the one before leaves, for
-# singular values from 4e-4 to 1 (Polar Express, Algorithm 1 with l = 4e-4): a condition number of 1e3, and what the
-# bound on the largest gives away. As its authors advise no interval is taken to begin below 0.018 of its end: the best
-# polynomials would press some of the large values down to next to nothing, where bfloat16 loses them. Six bring all to
-# [0.96, 1.04], seven to 1 +- 4e-5. The last repeats.
-POLAR_EXPRESS = (
-    (8.356508414472076, -24.04957064186161, 17.689719625562915),
-    (4.163087018936379, -3.005320943912481, 0.5544946712301076),
-    (4.094522822469242, -2.987378794824025, 0.5570682947389269),
-    (3.8008866236536596, -2.8399134552313146, 0.5499724211921846),
-    (2.9348713296694293, -2.195981182370084, 0.4770526691526805),
-    (2.0541003456765528, -1.437210235392236, 0.3941595112170839),
-    (1.8765615799748472, -1.2517339963828547, 0.3751734419254348),
-    (1.875, -1.25, 0.375),
-)
-# Rounding can carry a singular value out of the interval, where the polynomials explode: all but the last are applied
-# to a matrix that is this much smaller. In bfloat16 the terms of the first ones, ten times larger than their sum,
-# leave an error of up to 6%.
-SAFETY = {torch.bfloat16: 1.07}
-DEFAULT_SAFETY = 1.01
+Method = Literal["polar", "polar_express", "newton_schulz", "nsds", "svd"]
+METHODS = ("polar", "polar_express", "newton_schulz", "nsds", "svd")
+DEFAULT_STEPS = {"polar": 3, "polar_express": 6, "newton_schulz": 10, "nsds": 2, "svd": 0}
+DEFAULT_BETA = {"newton_schulz": 0.5, "nsds": 0.4}
+# The methods that multiply in the dtype that they are asked for; the others need the digits of float32.
+IN_DTYPE = ("polar", "polar_express", "nsds")
+# Up to this smaller side products are in float32 in any case: they cost next to nothing, and the rounding of a few
+# rows adds up in one direction, by which the polynomials of bfloat16 explode (adapters of rank 4 came to NaN by it).
+SMALL_SIDE = 32
+# Squares of elements of this size, and of what is a million times smaller, stay within float32.
+LEAST_RMS, LARGEST_NORM = 1e-12, 1e15
 
 
 def grad_norm(gradient: Tensor) -> Tensor:
@@ -61,18 +50,18 @@ def grad_norm(gradient: Tensor) -> Tensor:
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     if wide.numel() == 0:
         return wide
-    largest = torch.linalg.vector_norm(wide, ord=math.inf, dim=-1, keepdim=True)
-    rows = wide / _nonzero(largest)  # within [-1, 1]: no square overflows or vanishes
-    # LayerNorm is GradNorm, and every backend has it in one pass.
-    normed, _, inverse_std = torch.native_layer_norm(rows, rows.shape[-1:], None, None, 1e-30)
-    return normed.mul_(inverse_std * torch.finfo(gradient.dtype).eps < 1.0)
+    flat = wide.reshape(-1, *wide.shape[-2:])
+    # Row by row: one may be 1e20 times another.
+    rows = flat / _nonzero(torch.linalg.vector_norm(flat, ord=math.inf, dim=-1, keepdim=True))
+    return normalized(rows, torch.finfo(gradient.dtype).eps)[0].reshape(wide.shape)
 
 
 def grad_whitening(
     matrix: Tensor,
-    method: Method = "polar_express",
+    method: Method = "polar",
     steps: int | None = None,
     dtype: torch.dtype | None = None,
+    beta: float | None = None,
 ) -> Tensor:
     """
     `(X X^T)^(-1/2) X`, the nearest matrix with orthonormal rows (columns where m > n): `U V^T` of the thin SVD.
@@ -81,47 +70,64 @@ def grad_whitening(
 
     Args:
         matrix (`torch.Tensor`): `[..., m, n]`.
-        method (`str`, *optional*, defaults to `"polar_express"`):
-            `"polar_express"`: 6 optimal polynomials on the matrix itself, the cheapest. Singular values come to
-            [0.94, 1.06], in bfloat16 [0.75, 1.06], where the condition number is at most 1e3 (and the smaller side at
-            most 1024).
-            `"newton_schulz"`: the paper's coupled iteration on the Gram matrix, 10 steps; directions below about a
-            fiftieth of the matrix's norm stay un-whitened. `"svd"`: exact.
-        steps (`int`, *optional*): Of the iteration; 6 for `"polar_express"`, 10 for `"newton_schulz"`.
-        dtype (`torch.dtype`, *optional*): Of the arithmetic of `"polar_express"`, such as bfloat16, which is several
-            times faster where the hardware knows it. The other methods need the digits and take no notice.
+        method (`str`, *optional*, defaults to `"polar"`):
+            `"polar"`: brings the largest directions down to a common level, then 3 optimal polynomials: singular
+            values of real gradients come to [0.6, 1.4] where they are over a hundredth of the largest.
+            `"polar_express"`: 6 optimal polynomials: [0.94, 1.06], in bfloat16 [0.75, 1.06], where the condition
+            number is at most 1e3 (and the smaller side at most 1024).
+            `"newton_schulz"`: the paper's coupled iteration on the Gram matrix, 10 steps; with `beta=0.5` directions
+            below about a fiftieth of the matrix's norm stay un-whitened; with 0.8 those down to 2e-4 come to
+            [0.563, 1.6] and scatter there, because the iteration circles its fixed point.
+            `"nsds"`: two steps of it in which one factor is its diagonal; little more than GradNorm.
+            `"svd"`: exact.
+        steps (`int`, *optional*): Of the iteration: 3, 6, 10 and 2 by default. `"nsds"` has 2 only.
+        dtype (`torch.dtype`, *optional*): Of the products of `"polar"`, `"polar_express"` and `"nsds"`, such as
+            bfloat16, which is several times faster where the hardware knows it. The others take no notice.
+        beta (`float`, *optional*): Step size of `"newton_schulz"` (0.5) and `"nsds"` (0.4).
 
     Returns:
         `torch.Tensor`: Same shape, float32 or float64.
 
     Raises:
-        `ValueError`: The method is not known, or `steps` is below 1.
+        `ValueError`: The method is not known, or `steps` or `beta` is out of range.
     """
-    check_whitening(method, steps)
+    check_whitening(method, steps, beta)
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if wide.numel() == 0:
         return wide
-    largest = torch.linalg.vector_norm(wide, ord=math.inf, dim=(-2, -1), keepdim=True)
-    return _whitened(wide / _nonzero(largest), method, steps, dtype).to(wide.dtype)
+    flat = wide.reshape(-1, *wide.shape[-2:])
+    flat = flat / _power_of_two(torch.linalg.vector_norm(flat, ord=math.inf, dim=(-2, -1), keepdim=True))
+    if method in IN_DTYPE:
+        flat = flat.to(dtype or flat.dtype)
+    return whitened(flat, method, steps, beta).to(wide.dtype).reshape(wide.shape)
 
 
-def check_whitening(method: str, steps: int | None) -> None:
+def check_whitening(method: str, steps: int | None, beta: float | None = None) -> None:
     """
-    Raises `ValueError` where the method is not known or the steps are out of range.
+    Raises `ValueError` where the method is not known or an option of it is out of range.
 
     Args:
         method (`str`): One of `METHODS`.
         steps (`int`, *optional*): `None` for the method's own.
+        beta (`float`, *optional*): `None` for the method's own.
     """
     check_choice("whitening", method, METHODS)
     check_whole("ns_steps", steps, f"None takes the method's own, {DEFAULT_STEPS[method]}", optional=True)
+    if method == "nsds" and steps not in (None, 2):
+        raise ValueError(f"ns_steps of whitening='nsds' must be 2 but is {steps}; leave it out")
+    if beta is not None and not (isinstance(beta, (int, float)) and 0.0 < beta < 1.0):
+        raise ValueError(
+            f"ns_beta must be a number between 0 and 1 or None but is {beta!r}; 0.5 converges, 0.8 is that of a "
+            "public implementation of the paper"
+        )
 
 
 def swan_direction(
     gradient: Tensor,
-    method: Method = "polar_express",
+    method: Method = "polar",
     steps: int | None = None,
     dtype: torch.dtype | None = None,
+    beta: float | None = None,
 ) -> Tensor:
     """
     SWAN's update direction: GradNorm, then whitening, then rescaling to the norm that GradNorm left.
@@ -133,29 +139,131 @@ def swan_direction(
         method (`str`, *optional*): As in [`grad_whitening`].
         steps (`int`, *optional*): As in [`grad_whitening`].
         dtype (`torch.dtype`, *optional*): As in [`grad_whitening`].
+        beta (`float`, *optional*): As in [`grad_whitening`].
+
+    Returns:
+        `torch.Tensor`: Same shape, float32 or float64.
     """
-    normed = grad_norm(gradient)
-    if normed.numel() == 0:
-        return normed
-    target = torch.linalg.vector_norm(normed, dim=(-2, -1), keepdim=True)
-    whitened = _whitened(normed, method, steps, dtype)
-    norm = torch.linalg.vector_norm(whitened, dim=(-2, -1), keepdim=True, dtype=normed.dtype)
-    return whitened * (target / _nonzero(norm))
+    check_whitening(method, steps, beta)
+    if gradient.numel() == 0:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    flat = gradient.reshape(-1, *gradient.shape[-2:])
+    flat = in_range(flat, sizes(list(flat.unbind(0))))
+    normed, target = normalized(flat, torch.finfo(gradient.dtype).eps, dtype if method in IN_DTYPE else None)
+    found = whitened(normed, method, steps, beta)
+    return (found * factors_to(found, target).view(-1, 1, 1)).reshape(gradient.shape)
 
 
-def _whitened(wide: Tensor, method: Method, steps: int | None, dtype: torch.dtype | None) -> Tensor:
-    """Whitens matrices whose elements are near 1 in size; the result may be of the asked-for dtype."""
-    check_whitening(method, steps)
-    steps = DEFAULT_STEPS[method] if steps is None else steps
-    tall = wide.shape[-2] > wide.shape[-1]
-    flat = (wide.mT if tall else wide).reshape(-1, *sorted(wide.shape[-2:]))
-    if method == "polar_express":
-        result = _polar_express(flat.to(dtype or flat.dtype), steps)
+def sizes(gradients: Sequence[Tensor]) -> Tensor:
+    """
+    How large each gradient is; finite only if all its elements are.
+
+    One pass without a mask of the gradients' size. On accelerators the largest absolute value; on the CPU the norm,
+    which is vectorised there, or the largest absolute value where the squares leave the range of float32.
+
+    Args:
+        gradients (sequence of `torch.Tensor`): On one device.
+
+    Returns:
+        `torch.Tensor`: `[len(gradients)]`, float32 or float64.
+    """
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    if gradients[0].device.type != "cpu":
+        some = [each if each.numel() else each.new_zeros(1) for each in gradients]  # a rank may have no rows
+        return torch.stack(torch._foreach_norm(some, math.inf, dtype))
+    norms = [torch.linalg.vector_norm(each, dtype=dtype) for each in gradients]
+    for index, (norm, gradient) in enumerate(zip(norms, gradients, strict=True)):
+        if gradient.numel() and not LEAST_RMS * math.sqrt(gradient.numel()) < norm.item() < LARGEST_NORM:
+            norms[index] = torch.linalg.vector_norm(gradient, ord=math.inf, dtype=dtype)
+    return torch.stack(norms)
+
+
+def in_range(stack: Tensor, size: Tensor) -> Tensor:
+    """
+    Gradients in float32 or float64, of a size whose squares that holds.
+
+    Args:
+        stack (`torch.Tensor`): `[k, ...]`, finite.
+        size (`torch.Tensor`): `[k]`, as [`sizes`] gives it.
+    """
+    wide = stack.to(torch.promote_types(stack.dtype, torch.float32))
+    if size.device.type == "cpu":
+        least = LEAST_RMS * math.sqrt(max(1, stack[0].numel()))
+        if all(least < each < LARGEST_NORM for each in size.tolist()):
+            return wide
+    return wide / _power_of_two(size).view(-1, *[1] * (stack.ndim - 1))
+
+
+def normalized(flat: Tensor, resolution: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """
+    GradNorm of gradients that are in range, and its norm.
+
+    Args:
+        flat (`torch.Tensor`): `[k, m, n]`, float32 or float64.
+        resolution (`float`): Of the gradient's own dtype: relative deviations below it count as none.
+        dtype (`torch.dtype`, *optional*): Of the result; that of `flat` by default.
+
+    Returns:
+        `(torch.Tensor, torch.Tensor)`: `[k, m, n]`, in memory as `flat` is, and `[k]`.
+    """
+    if flat.mT.is_contiguous() and not flat.is_contiguous():
+        stored = flat.mT
+        mean = stored.mean(-2, keepdim=True)
+        centred = stored - mean
+        deviation = centred.square().mean(-2, keepdim=True).sqrt_()
+        kept = deviation > resolution * mean.abs()
+        normed = centred.mul_(kept / _nonzero(deviation)).to(dtype or flat.dtype).mT
     else:
-        unit = flat / _nonzero(torch.linalg.vector_norm(flat, dim=(-2, -1), keepdim=True))
-        result = _newton_schulz(unit, steps) if method == "newton_schulz" else _svd(unit)
-    result = result.reshape(wide.mT.shape if tall else wide.shape)
-    return result.mT if tall else result
+        # LayerNorm is GradNorm, and every backend has it in one pass. Its eps is below every square in range.
+        normed, mean, inverse = torch.native_layer_norm(flat, flat.shape[-1:], None, None, 1e-37)
+        kept = (inverse * mean.abs() * resolution < 1.0) & (inverse < 1e18)
+        if not (kept.device.type == "cpu" and bool(kept.all())):
+            normed = normed.mul_(kept)
+        normed = normed.to(dtype or flat.dtype)
+    return normed, kept.sum((-2, -1)).mul(flat.shape[-1]).to(flat.dtype).sqrt_()
+
+
+def whitened(x: Tensor, method: Method, steps: int | None = None, beta: float | None = None) -> Tensor:
+    """
+    Whitens matrices whose elements are near 1 in size.
+
+    Args:
+        x (`torch.Tensor`): `[k, m, n]`, of the dtype to compute in.
+        method (`str`): As in [`grad_whitening`].
+        steps (`int`, *optional*): As in [`grad_whitening`].
+        beta (`float`, *optional*): As in [`grad_whitening`].
+    """
+    if method != "nsds" and x.mT.is_contiguous() and not x.is_contiguous():  # nsds tells rows from columns
+        return whitened(x.mT, method, steps, beta).mT
+    if min(x.shape[-2:]) <= SMALL_SIDE and x.dtype == torch.bfloat16:
+        return whitened(x.float(), method, steps, beta).to(x.dtype)
+    steps = DEFAULT_STEPS[method] if steps is None else steps
+    beta = DEFAULT_BETA.get(method, 0.0) if beta is None else beta
+    if method == "polar":
+        return polar_factor(flattened(x), steps)
+    if method == "polar_express":
+        return polar_factor(x, steps, group=1)
+    if method == "nsds":
+        return _nsds(x, beta)
+    unit = x / _nonzero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True))
+    return _newton_schulz(unit, steps, beta) if method == "newton_schulz" else _svd(unit)
+
+
+def factors_to(x: Tensor, target: Tensor) -> Tensor:
+    """
+    What matrices have to be multiplied by to have given norms; where one is zero, any number.
+
+    Args:
+        x (`torch.Tensor`): `[k, m, n]`.
+        target (`torch.Tensor`): `[k]`, float32 or float64; negative ones turn the sign.
+    """
+    return target / _nonzero(torch.linalg.vector_norm(x, dim=(-2, -1), dtype=target.dtype))
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The next below, which takes no digit from what is divided by it; 1 in place of 0, inf and NaN."""
+    known = torch.where((size > 0) & size.isfinite(), size, 1.0)
+    return torch.ldexp(torch.ones_like(known), torch.frexp(known).exponent - 1)
 
 
 def _nonzero(value: Tensor) -> Tensor:
@@ -163,38 +271,41 @@ def _nonzero(value: Tensor) -> Tensor:
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
-def _newton_schulz(unit: Tensor, steps: int) -> Tensor:
-    """`Z X` with `Z -> (X X^T)^(-1/2)`: Y <- Y T / 2, Z <- T Z / 2, T = 3 I - Z Y (the paper's Algorithm)."""
-    y = torch.bmm(unit, unit.mT)
+def _newton_schulz(unit: Tensor, steps: int, beta: float) -> Tensor:
+    """
+    `Z X` with `Z -> (X X^T)^(-1/2)`: Y <- beta Y T, Z <- beta T Z, T = 3 I - Z Y (the paper's Algorithm).
+
+    `Z Y` of one singular value goes to `3 - 1 / beta`: to 1 for 0.5; at 0.8 that fixed point, 1.75, repels (slope
+    -1.8), so that values circle it.
+    """
+    y = smaller_gram(unit)
     z = None  # the identity
     for step in range(steps):
         t = y.neg() if z is None else torch.bmm(z, y).neg_()
         t.diagonal(dim1=-2, dim2=-1).add_(3.0)
-        z = t.mul(0.5) if z is None else torch.bmm(t, z).mul_(0.5)
+        z = t.mul(beta) if z is None else torch.bmm(t, z).mul_(beta)
         if step < steps - 1:
-            y = torch.bmm(y, t).mul_(0.5)
+            y = torch.bmm(y, t).mul_(beta)
     assert z is not None  # there is at least one step
-    return torch.bmm(z, unit)
+    return times_smaller(unit, z)
 
 
-def _polar_express(x: Tensor, steps: int) -> Tensor:
-    safety = SAFETY.get(x.dtype, DEFAULT_SAFETY)
-    for step in range(steps):
-        a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
-        if step < len(POLAR_EXPRESS) - 1:
-            a, b, c = a / safety, b / safety**3, c / safety**5
-        gram = torch.bmm(x, x.mT)
-        squared = torch.bmm(gram, gram)
-        if step == 0:
-            # ||(X X^T)^2||^(1/4), the 8-norm of the singular values, bounds the largest from above as ||X|| does, but
-            # tightly, and both products are there anyway: only their scale is still open.
-            wide = torch.promote_types(x.dtype, torch.float32)
-            bound = torch.linalg.vector_norm(squared, dim=(-2, -1), keepdim=True, dtype=wide).pow_(0.25)
-            bound = _nonzero(bound)
-            x, gram, squared = (x / bound).to(x.dtype), (gram / bound**2).to(x.dtype), (squared / bound**4).to(x.dtype)
-        polynomial = squared.mul_(c).add_(gram, alpha=b)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+def _nsds(x: Tensor, beta: float) -> Tensor:
+    """
+    Two steps of the coupled iteration, the first with the diagonal in place of the Gram matrix, in closed form.
+
+    With R = X X^T, d = diag(R) / tr R and z = beta (3 - d): Z = 3 beta diag(z) - beta z_i (R_ij / tr R) z_j^2;
+    the result is Z X / ||X||_F.
+    """
+    root = smaller_gram(x)
+    diagonal = root.diagonal(dim1=-2, dim2=-1).to(torch.promote_types(x.dtype, torch.float32))
+    trace = _nonzero(diagonal.sum(-1, keepdim=True))
+    z = beta * (3.0 - diagonal / trace)
+    norm = trace.sqrt()
+    left, right = (-beta / (trace * norm) * z).to(x.dtype).unsqueeze(-1), z.square().to(x.dtype).unsqueeze(-2)
+    root.mul_(left).mul_(right).diagonal(dim1=-2, dim2=-1).add_((3.0 * beta * z / norm).to(x.dtype))
+    # Z is not symmetric; the columns of a tall matrix are whitened by its transpose.
+    return times_smaller(x, root.mT if x.shape[-2] > x.shape[-1] else root)
 
 
 def _svd(unit: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def move_pieces(
             source = buffer.lerp_(torch.where(finite, source, buffer), weight)
         shape, where = optimizer.shape_of(param), pieces.where(param)
         matrices.append(PieceOfMatrix(group, group["routes"][index], shape, param.detach(), source, where, finite))
-        state["step"] += 1
+        state["step"] += 1 if finite.device.type != "cpu" else int(finite)
     bound = min(elements(matrix.group, pieces.zero.device()) for matrix in matrices)
     whiten_pieces(matrices, pieces, whiten, bound)
     return to_adam

@@ -141,11 +141,12 @@ def _row(name: str, first: TensorRow | None, second: TensorRow | None, quantity:
 def _notes(first: ReportData, second: ReportData, normalizations: list[Any]) -> list[str]:
     notes = []
     if normalizations[0] != normalizations[1]:
-        largest = max(first.gsnr_max, second.gsnr_max)
+        divided = {normalizations[at]: report.normalizer for at, report in enumerate((first, second))}
+        divisors = {"max": "the largest g-SNR", "rms": "the RMS of the first gradient times its scales"}
+        how = [f"{each} divides by {divisors[each]} ({divided[each]:.4g})" for each in divisors if each in divided]
         notes.append(
-            f"The runs normalise differently (first {normalizations[0]}, second {normalizations[1]}): max divides by "
-            f"the largest g-SNR ({largest:.4g}). g-SNR is compared here, and the learning rate of the one is not one "
-            "for the other."
+            f"The runs normalise differently (first {normalizations[0]}, second {normalizations[1]}): "
+            f"{' and '.join(how)}. g-SNR is compared here, and the learning rate of the one is not one for the other."
         )
     notes += _other_options(first, second)
     rates = [report.learning_rate for report in (first, second)]

@@ -101,6 +101,15 @@ class ReportData:
         return "scales" if self.tensors or not self.routes else "groups"
 
     @property
+    def normalizer(self) -> float:
+        """What g-SNR was divided by to give the scales; 1.0 with `normalize="none"`, and before the first step."""
+        normalize = self.options.get("normalize", "none")
+        if normalize == "max":
+            return self.gsnr_max or 1.0
+        settled = [row for row in self.tensors if row.status != "pending"]
+        return settled[0].gsnr / settled[0].scale if normalize == "rms" and settled else 1.0
+
+    @property
     def rows(self) -> Sequence[TensorRow | RouteRow]:
         """One row per trained tensor, of whichever kind."""
         return self.tensors or self.routes

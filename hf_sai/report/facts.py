@@ -82,7 +82,14 @@ def status_sentence(report: ReportData) -> str:
 
 def settings(report: ReportData) -> list[Fact]:
     """The options that ran and the facts of the run."""
-    return [(name, str(value)) for name, value in {**report.options, **report.run}.items() if name not in ORIGIN]
+    return [(name, shown(value)) for name, value in {**report.options, **report.run}.items() if name not in ORIGIN]
+
+
+def shown(value: Any) -> str:
+    """The value of an option, for people."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
 
 
 def origin(report: ReportData) -> str:

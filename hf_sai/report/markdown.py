@@ -12,11 +12,11 @@ from .facts import explained, facts, history_table, origin, settings, words_of
 def report_markdown(report: ReportData) -> str:
     """The report as Markdown."""
     words = words_of(report)
-    parts = [f"## {_text(report.optimizer)}", *filter(None, [_text(origin(report))])]
+    parts = [f"## {escaped(report.optimizer)}", *filter(None, [escaped(origin(report))])]
     parts.append(_table(("", "value"), [*facts(report), *settings(report)]))
     parts += [_table(table.columns, table.rows) for table in words.tables(report)]
     sentences = explained(words.explanations(report), words.tables(report)[0].columns)
-    parts += filter(None, ["\n".join(f"- {_text(sentence)}" for sentence in sentences)])
+    parts += filter(None, ["\n".join(f"- {escaped(sentence)}" for sentence in sentences)])
     if report.drift():
         history = history_table(report)
         parts += ["g-SNR, as a ratio to the first measurement:", _table(history.columns, history.rows)]
@@ -25,11 +25,11 @@ def report_markdown(report: ReportData) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(_text(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)
 
 
-def _text(value: Any) -> str:
-    """As a cell: what Markdown or HTML would read otherwise is escaped."""
+def escaped(value: Any) -> str:
+    """As text on one line: what Markdown or HTML would read otherwise is escaped."""
     text = " ".join(str(value).split())
     for special in "\\`*|[]<>&":
         text = text.replace(special, f"\\{special}")

@@ -284,7 +284,7 @@ def _scatter(axes: Any, x: list[float], y: list[float], fallback: bool) -> None:
 def _draw_against_size(axes: Any, report: ReportData) -> None:
     settled = report.settled
     pending = report.by_status("pending")
-    normalizer = next((row.gsnr / row.scale for row in settled), 1.0)
+    normalizer = report.normalizer
     floor = min((row.scale for row in settled), default=1.0) / 2
     for fallback in (False, True):
         rows = [row for row in settled if (row.status == "fallback") == fallback]

@@ -171,25 +171,26 @@ def case(folder, make, stage, accumulate=1, clip=0.0, resume=0, init=False, **ze
         engine.load_checkpoint(str(folder), tag="saved")
     run(engine, resume, STEPS, accumulate)
     rows = optimizer.gsnr_statistics() if hasattr(optimizer, "gsnr_statistics") else []
-    saved = [group.get("tensors") for group in optimizer.state_dict()["param_groups"]]
+    taken = optimizer._taken_over()
+    if taken is not None:
+        taken.write()  # as state_dict() does, which stage 3 calls with groups that it has filled for it
+    saved = [group.get("tensors") for group in optimizer._every_group()]
     key = "momentum_buffer" if isinstance(optimizer, SGDSaI) else "exp_avg"
+    kept = stage and optimizer.param_groups[0]["momentum" if isinstance(optimizer, SGDSaI) else "eps"]
     return {
         "weights": weights_of(model, stage),
         "rows": rows,
         "saved": saved,
-        "buffer": full_state(dict(model.named_parameters())["odd.bias"], key, stage),
+        "buffer": full_state(dict(model.named_parameters())["odd.bias"], key) if kept else None,
         "wrapper": type(engine.optimizer).__name__,
     }
 
 
-def full_state(param, key, stage):
-    """A tensor of the optimizer's state, as DeepSpeed finds it; `None` where there is none."""
+def full_state(param, key):
+    """A tensor of the optimizer's state, as DeepSpeed finds it; collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    try:
-        return safe_get_full_optimizer_state(param, key).clone() if stage else None
-    except (ValueError, KeyError):
-        return None
+    return safe_get_full_optimizer_state(param, key).clone()
 
 
 def cases_of(folder, stage, cases):

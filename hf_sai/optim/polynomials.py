@@ -1,0 +1,227 @@
+"""
+Polar factors by products of matrices alone: odd quintics on the singular values, on the matrix or on its Gram matrix.
+
+Source: Polar Express: Amsel, Persson, Musco, Gower, arXiv 2505.16932; the Gram form with restarts: Dao-AILab's Gram
+Newton-Schulz; a randomized range finder and CholeskyQR: Halko, Martinsson, Tropp, arXiv 0909.4061.
+
+A stack `[k, p, q]` is worked on as it lies: all products are of the smaller side, `X^T X` and `X Q` where `p > q` and
+`X X^T` and `Q X` otherwise, so that no transposed copy is made. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+Quintics = tuple[tuple[float, float, float], ...]
+
+# Odd quintic polynomials p(x) = a x + b x^3 + c x^5, each the best for the interval that the one before leaves (Polar
+# Express, Algorithm 1), for singular values from l to 1: l = .1, .03, .01, .003, .001, 4e-4 for one to six of them,
+# which they bring to 1 +- .45, .38, .27, .20, .12, .04. As its authors advise no interval is taken to begin below
+# 0.018 of its end: the best polynomials would press some of the large values down to next to nothing, where bfloat16
+# loses them.
+OPTIMAL: dict[int, Quintics] = {
+    1: ((5.603694506640494, -13.883690224017103, 9.733412622810349),),
+    2: (
+        (7.3625277580277935, -20.743395646172168, 15.16055175868458),
+        (2.917538044229849, -2.182405382865042, 0.47552921925745756),
+    ),
+    3: (
+        (8.034337759142334, -23.122381252490666, 17.00772323643739),
+        (3.6404603227705965, -2.724727743009436, 0.5368648119553949),
+        (2.666938353595364, -1.9817733780196456, 0.4531291836750546),
+    ),
+    4: (
+        (8.26670605372989, -23.791124397167486, 17.499618867632513),
+        (4.026319277381621, -2.970081034092954, 0.5599632641367401),
+        (3.516799636769179, -2.6348638300336096, 0.5266517888901123),
+        (2.5034067261854083, -1.8455669371202588, 0.4380757584359994),
+    ),
+    5: (
+        (8.335611525934102, -23.989430548396403, 17.64548343492578),
+        (4.130419427629785, -2.996707125669636, 0.5556810621547986),
+        (3.9679375272757658, -2.9557606858558323, 0.5627362091810066),
+        (3.306521159009599, -2.479613806029328, 0.5090439394397365),
+        (2.2904339581810884, -1.659720811631465, 0.4178153725564589),
+    ),
+    6: (
+        (8.356508414472076, -24.04957064186161, 17.689719625562915),
+        (4.163087018936379, -3.005320943912481, 0.5544946712301076),
+        (4.094522822469242, -2.987378794824025, 0.5570682947389269),
+        (3.8008866236536596, -2.8399134552313146, 0.5499724211921846),
+        (2.9348713296694293, -2.195981182370084, 0.4770526691526805),
+        (2.0541003456765528, -1.437210235392236, 0.3941595112170839),
+    ),
+}
+# Where the values are near 1: the first takes [.96, 1.04] to 1 +- 4e-5; the last is Newton-Schulz's of order five.
+FINISHING: Quintics = ((1.8765615799748472, -1.2517339963828547, 0.3751734419254348), (1.875, -1.25, 0.375))
+# For singular values from 1/64 to 1, which they bring to 1 +- .002.
+_LEVELLING: Quintics = (
+    (7.857050941404678, -22.612159562332533, 16.632428443021503),
+    (3.3824158879340964, -2.536027085462324, 0.515435989803012),
+    (2.3591139242734194, -1.720883471117583, 0.42444140078324016),
+    (1.8978735149457013, -1.2751868310022278, 0.37752747022851246),
+)
+# Rounding can carry a singular value out of the interval, where the polynomials explode: they are applied to a matrix
+# that is this much smaller. In bfloat16 the terms of the first ones, ten times larger than their sum, leave an error
+# of up to 6%.
+SAFETY = {torch.bfloat16: 1.07}
+DEFAULT_SAFETY = 1.01
+# From this ratio of the sides on, iterating on the Gram matrix takes fewer operations than on the matrix.
+GRAM_FROM = 1.45
+
+
+def quintics(steps: int) -> Quintics:
+    """
+    The best `steps` polynomials: those of Polar Express, and from the seventh on such as finish.
+
+    Args:
+        steps (`int`): At least 1.
+    """
+    more = steps - len(OPTIMAL)
+    return OPTIMAL[steps] if more <= 0 else OPTIMAL[len(OPTIMAL)] + FINISHING[:1] + FINISHING[1:] * (more - 1)
+
+
+def polar_factor(x: Tensor, steps: int, group: int | None = None) -> Tensor:
+    """
+    `U V^T` of the thin SVD, near enough: `steps` quintics.
+
+    Args:
+        x (`torch.Tensor`): `[k, p, q]`, of any scale whose fourth power the dtype holds.
+        steps (`int`): How many quintics.
+        group (`int`, *optional*): How many of them are evaluated on one Gram matrix before it is made anew from the
+            matrix. `None`: up to three at once, and two by two where there are more: in bfloat16 the fourth explodes,
+            because by then the rounding of the Gram matrix, which is relative to the largest value, is as large as the
+            square of the small ones. Nearly square matrices go one by one, which takes fewer operations.
+
+    Returns:
+        `torch.Tensor`: Same shape and dtype. A zero matrix gives zeros.
+    """
+    if group is None:
+        rows, columns = sorted(x.shape[-2:])
+        group = 1 if columns < GRAM_FROM * rows else 2
+    coefficients = quintics(steps)
+    for start in range(0, steps, group):
+        x = times_smaller(x, gram_root(smaller_gram(x), coefficients[start : start + group], first=start == 0))
+    return x
+
+
+def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tensor:
+    """
+    `R^(-1/2)` of symmetric matrices, by quintics: `Q` such that `Q X` is the polynomial of `X`, where `R = X X^T`.
+
+    Eigenvalues below the interval of the polynomials get at most the product of their first coefficients.
+
+    Args:
+        gram (`torch.Tensor`): `[k, m, m]`.
+        coefficients (tuple of triples): `a`, `b`, `c` of each.
+        first (`bool`, *optional*, defaults to `True`): Whether the scale is open. It is then taken from
+            `||R^2||_F^(1/4)`, the 8-norm of the singular values: it bounds the largest from above as `||X||` does, but
+            tightly, and the product is needed anyway. Otherwise they are within the interval already.
+    """
+    safety = SAFETY.get(gram.dtype, DEFAULT_SAFETY)
+    root, scale = None, None
+    for index, (a, b, c) in enumerate(coefficients):
+        a, b, c = a / safety, b / safety**3, c / safety**5
+        if first and index == 0:
+            squared = torch.bmm(gram, gram)
+            bound = torch.linalg.vector_norm(squared, dim=(-2, -1), keepdim=True, dtype=_wide(gram)).sqrt_()
+            inverse = torch.where(bound > 0, bound, 1.0).reciprocal_()
+            gram, scale = gram * inverse.to(gram.dtype), inverse.sqrt()
+            z = squared.mul_((c * inverse * inverse).to(gram.dtype)).add_(gram, alpha=b)
+        else:
+            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        z.diagonal(dim1=-2, dim2=-1).add_(a)
+        if index + 1 < len(coefficients):  # the Gram matrix of p(X)
+            gram = torch.bmm(z, torch.bmm(gram, z))
+        root = z if root is None else torch.bmm(root, z)
+    assert root is not None  # there is at least one
+    return root if scale is None else root.mul_(scale.to(root.dtype))
+
+
+def flattened(x: Tensor) -> Tensor:
+    """
+    The matrix with its largest directions brought down to a common level, which is about that of the next one.
+
+    One pass of a randomized range finder finds an orthonormal basis `U` of the `count` largest directions, and `U B^T`
+    is replaced by `U (B^T B)^(-1/2) B^T` times the level, where `B = X^T U`. Only thin products are taken, so that it
+    costs less than half a quintic, and spares three: the condition number falls to that of the rest. At most a
+    64th of the largest value is the level.
+
+    Args:
+        x (`torch.Tensor`): `[k, p, q]`.
+
+    Returns:
+        `torch.Tensor`: Same shape and dtype.
+    """
+    side = min(x.shape[-2:])
+    count = max(side // 8, min(side, 16) // 2)
+    if count < 2:
+        return x
+    probes = _probes(side, count, x.device, x.dtype).expand(len(x), side, count)
+    # bfloat16 rounds the basis anyway.
+    basis = _orthonormal(_small_side(x, _large_side(x, probes)).to(_wide(x)), 1 if x.dtype == torch.bfloat16 else 2)
+    thin = _large_side(x, basis.to(x.dtype))
+    wide = thin.to(_wide(x))
+    root = gram_root(torch.bmm(wide.mT, wide), _LEVELLING)
+    # The level is the reciprocal of the root's largest eigenvalue: (sum of 8th powers / sum of 4th)^(1/4), nearly.
+    square = torch.bmm(root, root)
+    powers = [torch.linalg.vector_norm(each, dim=(-2, -1), keepdim=True) for each in (square, square @ square)]
+    level = (powers[0] / powers[1]).sqrt_()
+    root.mul_(-level).diagonal(dim1=-2, dim2=-1).add_(1.0)
+    taken = torch.bmm(basis, root).to(x.dtype)
+    if x.shape[-2] > x.shape[-1]:
+        return torch.baddbmm(x, thin, taken.mT, alpha=-1.0)
+    return torch.baddbmm(x, taken, thin.mT, alpha=-1.0)
+
+
+def _orthonormal(vectors: Tensor, passes: int) -> Tensor:
+    """
+    An orthonormal basis of columns (CholeskyQR, shifted); zeros where rounding leaves no basis.
+
+    A second pass takes the basis from a few percent off to the last digits, where the first columns are a thousand
+    times the last. Without it the same matrix with other last digits would come to another level.
+    """
+    lengths = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
+    basis = vectors / torch.where(lengths > 0, lengths, 1.0)
+    for shift in (1e-5, 1e-6)[:passes]:
+        gram = torch.bmm(basis.mT, basis)
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+        factor, failed = torch.linalg.cholesky_ex(gram)  # which does not read from the device, as a check would
+        basis = torch.linalg.solve_triangular(factor, basis.mT, upper=False).mT
+        basis = torch.where((failed == 0).view(-1, 1, 1), basis, 0.0)
+    return basis
+
+
+@functools.lru_cache(maxsize=64)
+def _probes(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random vectors, the same in every process and at every step."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(side, count, generator=generator).to(device=device, dtype=dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def smaller_gram(x: Tensor) -> Tensor:
+    """`X^T X` or `X X^T`, the smaller."""
+    return torch.bmm(x.mT, x) if x.shape[-2] > x.shape[-1] else torch.bmm(x, x.mT)
+
+
+def times_smaller(x: Tensor, root: Tensor) -> Tensor:
+    """`X Q` or `Q X`, as the smaller side is."""
+    return torch.bmm(x, root) if x.shape[-2] > x.shape[-1] else torch.bmm(root, x)
+
+
+def _large_side(x: Tensor, thin: Tensor) -> Tensor:
+    """Vectors of the smaller side taken to the larger."""
+    return torch.bmm(x if x.shape[-2] > x.shape[-1] else x.mT, thin)
+
+
+def _small_side(x: Tensor, thin: Tensor) -> Tensor:
+    """Vectors of the larger side taken to the smaller."""
+    return torch.bmm(x.mT if x.shape[-2] > x.shape[-1] else x, thin)
