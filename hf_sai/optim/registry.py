@@ -109,7 +109,10 @@ class OptimizerRecord:
         """What can be said of it without torch, as JSON holds it: a row of [`hf_sai.optim.facts.optimizer_table`]."""
         options = []
         for option in self.options:
-            default = self.default(option.name)
+            try:
+                default = self.default(option.name)
+            except KeyError:  # a constructor that takes it among `**kwargs` says no default
+                default = None
             plain = list(default) if isinstance(default, tuple) else default
             options.append({"name": option.name, "kind": option.kind, "help": option.help, "default": plain})
         return {"name": self.name, "description": self.description, "rows": self.rows, "options": options}
