@@ -157,14 +157,14 @@ def bf16_cases(folder):
 
 
 def poisoned(make, model):
-    """An optimizer whose third step finds a NaN in one matrix's gradient."""
+    """An optimizer whose third call, which is the first group's in the second step, finds a NaN in one matrix."""
     optimizer = make(model)
     seen = []
 
     def poison(optimizer, *_):
         seen.append(1)
         for _, index, param in optimizer._params():
-            if len(seen) == 3 and index == 0 and optimizer.param_groups[0]["kind"] == "swan":
+            if len(seen) == 3 and index == 0 and dist.get_rank() == 0:  # its flat buffer begins with the first matrix
                 param.grad.view(-1)[0] = math.nan
 
     optimizer.register_step_pre_hook(poison)
