@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,17 +222,21 @@ def broken_worker(folder):
     def forget(model, optimizer):
         model.odd.weight.data = model.odd.weight.data.clone()
 
-    def nothing(model, optimizer):
-        pass
-
     for stage in (1, 2, 3):
         attempt("swapped", stage, swap)
         attempt("shifted", stage, shift)
+
+    def other_rank(model, optimizer):
+        zero_layout.dist = SimpleNamespace(
+            get_rank=lambda group=None: 1 - dist.get_rank(group),
+            get_world_size=dist.get_world_size,
+            all_gather=dist.all_gather,
+        )
+        optimizer._taken_over()
+        zero_layout.dist = dist
+
     for stage in (1, 2):
-        real = dist.get_rank
-        zero_layout.dist.get_rank = lambda group=None, real=real: 1 - real(group)
-        attempt("other rank", stage, nothing)
-        zero_layout.dist.get_rank = real
+        attempt("other rank", stage, other_rank)
         attempt("elsewhere", stage, forget)
 
     engine, _, optimizer = build(sgd_sai, configuration(2))
