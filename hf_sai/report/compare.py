@@ -141,11 +141,14 @@ def _row(name: str, first: TensorRow | None, second: TensorRow | None, quantity:
 def _notes(first: ReportData, second: ReportData, normalizations: list[Any]) -> list[str]:
     notes = []
     if normalizations[0] != normalizations[1]:
-        largest = max(first.gsnr_max, second.gsnr_max)
+        divisors = {
+            "max": f"max divides by the largest g-SNR ({max(first.gsnr_max, second.gsnr_max):.4g})",
+            "rms": "rms divides by the root mean square of the whole first update",
+        }
+        how = ", ".join(text for name, text in divisors.items() if name in normalizations)
         notes.append(
-            f"The runs normalise differently (first {normalizations[0]}, second {normalizations[1]}): max divides by "
-            f"the largest g-SNR ({largest:.4g}). g-SNR is compared here, and the learning rate of the one is not one "
-            "for the other."
+            f"The runs normalise differently (first {normalizations[0]}, second {normalizations[1]}): {how}. g-SNR is "
+            "compared here, and the learning rate of the one is not one for the other."
         )
     notes += _other_options(first, second)
     rates = [report.learning_rate for report in (first, second)]
