@@ -115,8 +115,8 @@ def test_what_was_chosen_differently_is_noted(runs):
         "here, and the learning rate of the one is not one for the other."
     )
     paired = (
-        "lora_policy is plain in the first run and paired in the second: pairs are trained on bounded gradients, so that "
-        "equal scales are no equal steps, and the learning rate of the one is not one for the other."
+        "lora_policy is plain in the first run and paired in the second: pairs are trained on bounded gradients, so "
+        "that equal scales are no equal steps, and the learning rate of the one is not one for the other."
     )
     assert notes[1:] == [paired]
     older = dataclasses.replace(second, options={"normalize": "rms", "momentum": 0.8})
