@@ -126,8 +126,8 @@ def test_what_was_chosen_differently_is_noted(runs):
     )
     notes = first.diff(second).notes
     assert notes[0].endswith(
-        "(first none, second rms): rms divides by the RMS of the first gradient times its scales (1). g-SNR is compared "
-        "here, and the learning rate of the one is not one for the other."
+        "(first none, second rms): rms divides by the RMS of the first gradient times its scales (1). g-SNR is "
+        "compared here, and the learning rate of the one is not one for the other."
     )
     paired = (
         "lora_policy is plain in the first run and paired in the second: pairs are trained on bounded gradients, so "
