@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
+from .facts import ADAM
 from .names import named_parameters, plain_name, unwrapped, without_adapter
 from .tensors import whole_shape
 
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 LoraPolicy = Literal["both", "b_only", "adam"]
 LORA_POLICIES = ("both", "b_only", "adam")
-ADAM = "adam"
 _NOT_TARGETED = "not in target_modules"
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
