@@ -380,7 +380,8 @@ class SGDSaI(MeasuredScales):
         param, other = group["params"][index], group["params"][index ^ 1]
         norm = self.state[param]["pair_norm"]
         if not norm:
-            norm = max(moments.norm, norm_of(other.grad) if other.grad is not None else 0.0)
+            others = norm_of(other.grad) if other.grad is not None else 0.0
+            norm = max(moments.norm, others) if math.isfinite(others) else moments.norm  # as _paired_gradients has it
         return moments.norm * first_factor(norm, moments.norm, is_a=index % 2 == 0)
 
     def _warn_if_bf16_stays(
