@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .sgd_update import blocks, round_stochastically_
+from .rounding import round_stochastically_
+from .sgd_update import blocks
 from .tensors import BLOCK_NUMEL, FUSED_DEVICES
 
 

@@ -17,7 +17,8 @@ them; with `u` for the norm of the first gradient of a pair (B's, where B starts
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,26 +83,55 @@ def check_pairs(params: list[Tensor]) -> None:
         )
 
 
-def bounded(gradient: Tensor, norm: float, is_a: bool) -> Tensor:
+def bounded(rows: Sequence[tuple[Tensor, float, bool]]) -> list[Tensor]:
     """
-    A factor's gradient over its norm, or over `norm` where that is larger; A's times `A_RATE`.
+    Factors' gradients over their norms, or over the pair's norm where that is larger; A's times `A_RATE`.
+
+    Gradients of one shape are taken together, in a few calls. Nothing is read back from the device.
 
     Args:
-        gradient (`torch.Tensor`): Not written.
-        norm (`float`): Of the pair's first gradient, above 0.
-        is_a (`bool`): Whether it is A's.
+        rows (sequence of tuples): A gradient, which is not written; the norm of its pair's first one, above 0; and
+            whether it is A's.
 
     Returns:
-        `torch.Tensor`: In float32 or wider. Nothing is read back from the device.
+        `list[torch.Tensor]`: In float32 or wider.
     """
-    wide = _wide(gradient)
-    return wide * ((A_RATE if is_a else 1.0) / wide.norm().clamp(min=norm))
+    found: list[Tensor] = [grad for grad, *_ in rows]
+    for indices, stack in _stacks(found):
+        # Pinned, so that the host does not wait for the upload.
+        numbers = [[rows[i][1] for i in indices], [A_RATE if rows[i][2] else 1.0 for i in indices]]
+        pinned = torch.tensor(numbers, dtype=stack.dtype, pin_memory=stack.device.type == "cuda")
+        least, rate = pinned.to(stack.device, non_blocking=True)
+        factor = rate / torch.maximum(_row_norms(stack), least)
+        stack *= factor.view(-1, *[1] * (stack.ndim - 1))
+        for index, part in zip(indices, stack.unbind(0), strict=True):
+            found[index] = part
+    return found
 
 
-def norm_of(gradient: Tensor) -> float:
-    """The norm, read back from the device; needed until a pair's is known."""
-    return _wide(gradient).norm().item()
+def norms(gradients: Sequence[Tensor]) -> list[float]:
+    """Norms, read back from the device at once; needed until a pair's is known."""
+    found = [0.0] * len(gradients)
+    by_device: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
+    for indices, stack in _stacks(gradients):
+        by_device.setdefault(stack.device, []).append((indices, _row_norms(stack).double()))
+    for parts in by_device.values():
+        values = torch.cat([part for _, part in parts]).tolist()
+        for index, value in zip([i for indices, _ in parts for i in indices], values, strict=True):
+            found[index] = value
+    return found
 
 
-def _wide(gradient: Tensor) -> Tensor:
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+def _stacks(gradients: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Gradients of one shape, dtype and device, copied to float32 or wider; which they are, and the stack."""
+    alike: dict[Any, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        alike.setdefault((gradient.shape, gradient.dtype, gradient.device), []).append(index)
+    for indices in alike.values():
+        first = gradients[indices[0]]
+        stack = torch.stack([gradients[i] for i in indices])
+        yield indices, stack.to(torch.promote_types(first.dtype, torch.float32))
+
+
+def _row_norms(stack: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(stack.flatten(1), dim=1)

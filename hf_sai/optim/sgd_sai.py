@@ -18,10 +18,11 @@ from torch.optim.optimizer import ParamsT
 from .base import check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
 from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
-from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norm_of
+from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norms
+from .rounding import Rounding
 from .scales import MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
-from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local
+from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local, low_precision
 
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class SGDSaI(MeasuredScales):
         fused: bool | None = None,
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = False,
+        kahan_sum: bool = False,
         gsnr: Iterable[Any] | None = None,
     ) -> None:
         defaults = {
@@ -148,6 +150,7 @@ class SGDSaI(MeasuredScales):
             "fused": fused,
             "state_dtype": _dtype_name(state_dtype),
             "stochastic_rounding": stochastic_rounding,
+            "kahan_sum": kahan_sum,
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
             "paired": False,
             "lora_policy": "plain",
@@ -237,8 +240,8 @@ class SGDSaI(MeasuredScales):
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for saved_id, (group_index, _, param) in zip(saved_ids, self._params(), strict=True):
             saved_state = state_dict["state"].get(saved_id, {})
-            if isinstance(saved_state.get("decay"), Tensor):
-                self.state[param]["decay"] = saved_state["decay"].to(device=param.device, copy=True)
+            if isinstance(saved_state.get("decay"), Tensor):  # of a version before 0.2
+                self.state[param]["decay"] = float(saved_state["decay"])
             saved = saved_state.get("momentum_buffer")
             if saved is None or saved.dtype == param.dtype:
                 continue
@@ -252,13 +255,16 @@ class SGDSaI(MeasuredScales):
 
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         super()._make_state(group_index, index, param)
-        if self.param_groups[group_index]["momentum"] != 0:
-            self._add_buffer(self.param_groups[group_index], param)
+        group = self.param_groups[group_index]
+        if group["momentum"] != 0:
+            self._add_buffer(group, param)
+        if group["kahan_sum"] and low_precision(param.dtype):
+            self.state[param]["rounding_error"] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
         dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else param.dtype
         buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        self.state[param].update(momentum_buffer=buffer, decay_ratio=0.0, decay=0.0)
+        self.state[param].update(momentum_buffer=buffer, buffer_scale=0.0, decay_ratio=0.0, decay=0.0)
 
     def _update(
         self,
@@ -269,51 +275,72 @@ class SGDSaI(MeasuredScales):
         skipped: set[Tensor],
     ) -> None:
         """Updates tensors of a group."""
-        options = (group["maximize"], group["stochastic_rounding"])
         paired = self._paired_gradients(group) if group["paired"] else {}
-        # By what a tensor can need: an update without momentum, a buffer that starts, a buffer that goes on.
-        plain, starting, moving = (Batch(weight, *options) for weight in (1.0, 1.0, 1.0 - group["momentum"]))
+        step = group["lr"].detach() if isinstance(group["lr"], Tensor) else float(group["lr"])
+        step = step / normalizer if normalizer != 1.0 else step
+        batches: dict[Any, Batch] = {}
         for param in params:
             if param.grad is None or (skipped and param in skipped):
                 continue
             state = self.state[param]
-            scale = state["gsnr"] / normalizer
-            batch = moving if scale and group["momentum"] else plain
-            if batch is moving:
-                if "momentum_buffer" not in state:  # momentum was switched on after the first step
-                    self._add_buffer(group, param)
-                    batch = starting
-                elif first and param in first:
-                    batch = starting  # m_1 = g_1
+            moving = bool(state["gsnr"] and group["momentum"])
+            starts = moving and bool(first) and param in first  # m_1 = g_1
+            if moving and "momentum_buffer" not in state:  # momentum was switched on after the first step
+                self._add_buffer(group, param)
+                starts = True
+            # Pieces differ in size from rank to rank, and so does what noise they take.
+            pieces = group["stochastic_rounding"] and is_sharded(param)
+            key = (moving, "rounding_error" in state, pieces)
+            batch = batches.get(key) or batches.setdefault(key, self._new_batch(group))
+            if moving:
                 batch.buffers.append(local(state["momentum_buffer"]))
+            if "rounding_error" in state:
+                batch.errors.append(local(state["rounding_error"]))
             batch.params.append(local(param))
             batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
-            batch.coefficients.append(next_coefficients(group, state, scale, starts=batch is starting))
-        for batch in (plain, starting, moving):
-            if batch.params:
-                update(batch, group["foreach"], group["fused"])
+            batch.coefficients.append(next_coefficients(group, state, step, normalizer, starts))
+        for batch in batches.values():
+            update(batch, group["foreach"], group["fused"])
+
+    def _new_batch(self, group: dict[str, Any]) -> Batch:
+        """An empty one. The seeds of a step's batches are the same on all ranks, and in a resumed run."""
+        if not group["stochastic_rounding"]:
+            return Batch(group["maximize"], Rounding() if group["kahan_sum"] else None)
+        step, count = self.__dict__.get("_noise", (-1, 0))
+        count = count + 1 if step == group["step"] else 0
+        self.__dict__["_noise"] = (group["step"], count)
+        return Batch(group["maximize"], Rounding(seed=group["step"] * 2**24 + count))
 
     def _paired_gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """The gradients of LoRA's factors, bounded by the norm of each pair's first, which is kept."""
-        found: dict[Tensor, Tensor] = {}
-        for pair in zip(group["params"][::2], group["params"][1::2], strict=True):
-            if any(is_sharded(param) for param in pair):
-                raise RuntimeError(
-                    "SGDSaI with lora_policy='paired' needs whole factors, but they are sharded; use DDP, keep the "
-                    "adapter out of FSDP's sharding, or leave lora_policy out"
-                )
-            states = [state for param in pair if (state := self.state.get(param))]  # none of a frozen factor
-            norm = max((state["pair_norm"] for state in states), default=0.0)
-            if not norm:
-                norm = max((norm_of(param.grad) for param in pair if param.grad is not None), default=0.0)
-            if not 0.0 < norm < math.inf:
-                continue  # zero, or not finite: nothing is known of the pair yet, and it is not moved
-            for state in states:
-                state["pair_norm"] = norm
-            for index, param in enumerate(pair):
-                if param.grad is not None:
-                    found[param] = bounded(param.grad, norm, is_a=index == 0)
-        return found
+        pairs = list(zip(group["params"][::2], group["params"][1::2], strict=True))
+        if any(is_sharded(param) for pair in pairs for param in pair):
+            raise RuntimeError(
+                "SGDSaI with lora_policy='paired' needs whole factors, but they are sharded; use DDP, keep the "
+                "adapter out of FSDP's sharding, or leave lora_policy out"
+            )
+        # None of a frozen factor.
+        states = [[state for param in pair if (state := self.state.get(param))] for pair in pairs]
+        new = [
+            index for index, pair in enumerate(states) if not max((state["pair_norm"] for state in pair), default=0.0)
+        ]
+        present = [(index, param.grad) for index in new for param in pairs[index] if param.grad is not None]
+        largest: dict[int, float] = {}
+        for (index, _), norm in zip(present, norms([grad for _, grad in present]), strict=True):
+            largest[index] = max(norm, largest.get(index, 0.0))
+        for index, norm in largest.items():
+            if 0.0 < norm < math.inf:
+                for state in states[index]:
+                    state["pair_norm"] = norm
+        rows = [
+            (param, param.grad, pair_states[0]["pair_norm"], position == 0)
+            for pair, pair_states in zip(pairs, states, strict=True)
+            # Without a norm nothing is known of the pair yet, and it is not moved.
+            if pair_states and pair_states[0]["pair_norm"]
+            for position, param in enumerate(pair)
+            if param.grad is not None
+        ]
+        return dict(zip([row[0] for row in rows], bounded([row[1:] for row in rows]), strict=True))
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
@@ -363,8 +390,13 @@ def _check_options(options: dict[str, Any]) -> None:
     check_choice("normalize", options["normalize"], NORMALIZATIONS, learning_rate)
     check_choice("lora_policy", options["lora_policy"], PAIR_POLICIES)
     check_whole("measure_steps", options["measure_steps"], "the paper uses 1")
-    for name in ("maximize", "stochastic_rounding"):
+    for name in ("maximize", "stochastic_rounding", "kahan_sum"):
         check_flag(name, options[name])
+    if options["stochastic_rounding"] and options["kahan_sum"]:
+        raise ValueError(
+            "stochastic_rounding and kahan_sum must not both be True, but they are; kahan_sum is the more exact one, "
+            "stochastic_rounding the one without state"
+        )
     for name in ("foreach", "fused"):
         check_flag(name, options[name], optional=True)
     if options["foreach"] and options["fused"]:

@@ -20,8 +20,8 @@ from torch.optim.optimizer import ParamsT
 from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
+from .rounding import round_stochastically_
 from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
-from .sgd_update import round_stochastically_
 from .sharding import Sharding, sharding_of
 from .tensors import check_gradient, gradient_of, is_sharded, local
 from .whitening import Method, check_whitening, swan_direction
