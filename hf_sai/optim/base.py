@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .rounding import Rounding
+
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,19 @@ class NamedOptimizer(Optimizer):
     def measurements(self) -> int:
         """How much there is to report, to be compared with a later answer: here, tensors with a state."""
         return len(self.state)
+
+    def _rounding(self, group: dict[str, Any]) -> Rounding | None:
+        """
+        How the next tensors of a group are rounded. A group has `step`, `stochastic_rounding` and perhaps `kahan_sum`.
+
+        The seeds of a step are the same on all ranks, which come here in the same order, and in a resumed run.
+        """
+        if not group["stochastic_rounding"]:
+            return Rounding() if group.get("kahan_sum") else None
+        step, count = self.__dict__.get("_noise", (-1, 0))
+        count = count + 1 if step == group["step"] else 0
+        self.__dict__["_noise"] = (group["step"], count)
+        return Rounding(seed=group["step"] * 2**24 + count)
 
     def _params(self) -> Iterator[tuple[int, int, Tensor]]:
         """Group index, index in the group, tensor."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
+from .tensors import fetch, upload
 
 
 PairPolicy = Literal["plain", "paired"]
@@ -98,10 +99,8 @@ def bounded(rows: Sequence[tuple[Tensor, float, bool]]) -> list[Tensor]:
     """
     found: list[Tensor] = [grad for grad, *_ in rows]
     for indices, stack in _stacks(found):
-        # Pinned, so that the host does not wait for the upload.
         numbers = [[rows[i][1] for i in indices], [A_RATE if rows[i][2] else 1.0 for i in indices]]
-        pinned = torch.tensor(numbers, dtype=stack.dtype, pin_memory=stack.device.type == "cuda")
-        least, rate = pinned.to(stack.device, non_blocking=True)
+        least, rate = upload(torch.tensor(numbers, dtype=stack.dtype), stack.device)
         factor = rate / torch.maximum(_row_norms(stack), least)
         stack *= factor.view(-1, *[1] * (stack.ndim - 1))
         for index, part in zip(indices, stack.unbind(0), strict=True):
@@ -116,7 +115,7 @@ def norms(gradients: Sequence[Tensor]) -> list[float]:
     for indices, stack in _stacks(gradients):
         by_device.setdefault(stack.device, []).append((indices, _row_norms(stack).double()))
     for parts in by_device.values():
-        values = torch.cat([part for _, part in parts]).tolist()
+        values = fetch(torch.cat([part for _, part in parts]))
         for index, value in zip([i for indices, _ in parts for i in indices], values, strict=True):
             found[index] = value
     return found

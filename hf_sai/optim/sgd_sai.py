@@ -19,7 +19,6 @@ from .base import check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
 from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
 from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norms
-from .rounding import Rounding
 from .scales import MeasuredScales
 from .sgd_update import Batch, next_coefficients, update
 from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local, low_precision
@@ -263,8 +262,17 @@ class SGDSaI(MeasuredScales):
 
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
         dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else param.dtype
-        buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        buffer = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        self.__dict__.setdefault("_not_zeroed", []).append(local(buffer))
         self.state[param].update(momentum_buffer=buffer, buffer_scale=0.0, decay_ratio=0.0, decay=0.0)
+
+    def _zero_new_buffers(self) -> None:
+        """All together: one by one they would be most of the first step's launches. Comes before any update."""
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in self.__dict__.pop("_not_zeroed", []):
+            alike.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        for buffers in alike.values():
+            torch._foreach_zero_(buffers)
 
     def _update(
         self,
@@ -275,6 +283,7 @@ class SGDSaI(MeasuredScales):
         skipped: set[Tensor],
     ) -> None:
         """Updates tensors of a group."""
+        self._zero_new_buffers()
         paired = self._paired_gradients(group) if group["paired"] else {}
         step = group["lr"].detach() if isinstance(group["lr"], Tensor) else float(group["lr"])
         step = step / normalizer if normalizer != 1.0 else step
@@ -287,11 +296,12 @@ class SGDSaI(MeasuredScales):
             starts = moving and bool(first) and param in first  # m_1 = g_1
             if moving and "momentum_buffer" not in state:  # momentum was switched on after the first step
                 self._add_buffer(group, param)
+                self._zero_new_buffers()
                 starts = True
             # Pieces differ in size from rank to rank, and so does what noise they take.
             pieces = group["stochastic_rounding"] and is_sharded(param)
             key = (moving, "rounding_error" in state, pieces)
-            batch = batches.get(key) or batches.setdefault(key, self._new_batch(group))
+            batch = batches.get(key) or batches.setdefault(key, Batch(group["maximize"], self._rounding(group)))
             if moving:
                 batch.buffers.append(local(state["momentum_buffer"]))
             if "rounding_error" in state:
@@ -301,15 +311,6 @@ class SGDSaI(MeasuredScales):
             batch.coefficients.append(next_coefficients(group, state, step, normalizer, starts))
         for batch in batches.values():
             update(batch, group["foreach"], group["fused"])
-
-    def _new_batch(self, group: dict[str, Any]) -> Batch:
-        """An empty one. The seeds of a step's batches are the same on all ranks, and in a resumed run."""
-        if not group["stochastic_rounding"]:
-            return Batch(group["maximize"], Rounding() if group["kahan_sum"] else None)
-        step, count = self.__dict__.get("_noise", (-1, 0))
-        count = count + 1 if step == group["step"] else 0
-        self.__dict__["_noise"] = (group["step"], count)
-        return Batch(group["maximize"], Rounding(seed=group["step"] * 2**24 + count))
 
     def _paired_gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """The gradients of LoRA's factors, bounded by the norm of each pair's first, which is kept."""
@@ -351,29 +352,40 @@ class SGDSaI(MeasuredScales):
         bf16 = [
             (group, self._name(group, index), param, moment)
             for (group, index, param), moment in zip(unsettled, moments, strict=True)
-            if param in first and param.dtype == torch.bfloat16 and not self.param_groups[group]["stochastic_rounding"]
+            if param in first and param.dtype == torch.bfloat16 and _loses_digits(self.param_groups[group])
         ]
         stuck = []
         normalizer = self._normalizer()
+        # Read once per group: each may be a tensor on a device.
+        peaks = {group: _peak(self.param_groups[group]) for group in {row[0] for row in bf16}}
         for (group, name, param, moment), values in zip(
             bf16, gradient_moments([param.detach() for _, _, param, _ in bf16]), strict=True
         ):
-            peak = float(self.param_groups[group].get("initial_lr", self.param_groups[group]["lr"]))
             norm = 1.0 if self.param_groups[group]["paired"] else moment.norm
-            move = peak * self.state[param]["gsnr"] / normalizer * norm
+            move = peaks[group] * self.state[param]["gsnr"] / normalizer * norm
             if 0.0 < move < BF16_RESOLUTION * values.norm:
                 stuck.append((move / values.norm, name))
         if stuck:
             self.__dict__["_warned_bf16"] = True
             logger.warning(
                 "%d of %d bf16 parameters move by less than 2^-8 of their size in a step (%s: %.1e), so that most of "
-                "it is rounded away: set stochastic_rounding=True, keep the parameters in float32, or raise the "
-                "learning rate.",
+                "it is rounded away: set kahan_sum=True or stochastic_rounding=True, keep the parameters in float32, "
+                "or raise the learning rate.",
                 len(stuck),
                 len(bf16),
                 min(stuck)[1],
                 min(stuck)[0],
             )
+
+
+def _loses_digits(group: dict[str, Any]) -> bool:
+    """Whether what is below the resolution of bf16 parameters is lost."""
+    return not (group["stochastic_rounding"] or group["kahan_sum"])
+
+
+def _peak(group: dict[str, Any]) -> float:
+    """The learning rate that a schedule starts from, or the present one."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def _dtype_name(dtype: Any) -> Any:

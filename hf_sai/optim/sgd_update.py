@@ -40,7 +40,17 @@ import torch
 from torch import Tensor
 
 from .rounding import Rounding
-from .tensors import BLOCK_NUMEL, FUSED_DEVICES, LIST_NUMEL, copies, in_order, is_accelerator, low_precision, sublists
+from .tensors import (
+    BLOCK_NUMEL,
+    FUSED_DEVICES,
+    LIST_NUMEL,
+    copies,
+    in_order,
+    is_accelerator,
+    low_precision,
+    sublists,
+    upload,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -223,11 +233,9 @@ def _compiled(batch: Batch) -> None:
     global _compile_failed
     for part in _by_place(batch):
         # One transfer for all tensors; and numbers in a tensor are no constants that a kernel would be generated for.
-        table = torch.tensor(
-            [[c.keep, part.sign * c.weight, c.pull, -c.step] for c in part.coefficients],
-            dtype=torch.promote_types(part.params[0].dtype, torch.float32),
-            device=part.params[0].device,
-        )
+        numbers = [[c.keep, part.sign * c.weight, c.pull, -c.step] for c in part.coefficients]
+        wide = torch.promote_types(part.params[0].dtype, torch.float32)
+        table = upload(torch.tensor(numbers, dtype=wide), part.params[0].device)
         for index, ((param, grad, buffer, _), row) in enumerate(zip(part, table, strict=True)):
             assert buffer is not None
             if not _compile_failed:

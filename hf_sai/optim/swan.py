@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
+from .adam_update import AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .checks import check_choice, check_flag, check_number, check_share, check_whole
-from .rounding import round_stochastically_
+from .flags import LateFlags
+from .rounding import Rounding
 from .routing import ADAM, LORA_POLICIES, Layout, Route, layout_of, routes_of_group
 from .sharding import Sharding, sharding_of
-from .tensors import check_gradient, gradient_of, is_sharded, local
+from .tensors import LIST_NUMEL, check_gradient, gradient_of, is_sharded, local
 from .whitening import Method, check_whitening, swan_direction
 
 
@@ -112,6 +113,7 @@ class SWAN(NamedOptimizer):
     ```
     """
 
+    _progress = ("lr", "step")
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
 
     def __init__(
@@ -147,6 +149,7 @@ class SWAN(NamedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "max_batch_bytes": max_batch_bytes,
             "kind": "auto",
+            "step": 0,  # no option: what the noise of stochastic rounding is drawn by, the same on all ranks
             # What hf_sai.param_groups made the groups by. `None`: no module was asked.
             "lora_whitening": None,
             "split_qkv": False,
@@ -168,7 +171,10 @@ class SWAN(NamedOptimizer):
         """
         merged = {**self.defaults, **param_group}
         _check_options(merged)
-        super().add_param_group({**param_group, "params": self._with_names(param_group["params"])})
+        shared = {"params": self._with_names(param_group["params"])}
+        if self.param_groups:
+            shared["step"] = self.param_groups[0]["step"]
+        super().add_param_group({**param_group, **shared})
         group = self.param_groups[-1]
         if "routes" not in group:
             group["routes"], group["reasons"] = routes_of_group(group)
@@ -213,7 +219,7 @@ class SWAN(NamedOptimizer):
     def extra_bytes(self, one_at_a_time: bool = False) -> int:
         """The most that a step needs for a while: as `whitening_bytes`, or Adam's float32 copies of low precision."""
         to_adam = [row.param for row in self.routes() if row.route == ADAM and row.param.dtype != torch.float32]
-        copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
+        copies = max((2 * 4 * min(param.numel(), LIST_NUMEL) for param in to_adam), default=0)
         return max(self.whitening_bytes(one_at_a_time), copies)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,9 +239,15 @@ class SWAN(NamedOptimizer):
                 saved = saved_state.get(key)
                 if saved is not None and self.state[param][key].dtype != torch.promote_types(saved.dtype, param.dtype):
                     self.state[param][key] = saved.to(device=param.device, copy=True)
+            # torch leaves `step` where the checkpoint was mapped to, and the fused kernel reads it on its own device.
+            for key, value in self.state[param].items():
+                if isinstance(value, Tensor) and value.device != param.device:
+                    self.state[param][key] = value.to(param.device)
 
     def _advance(self) -> None:
         self._warn_not_finite()
+        for group in self.param_groups:
+            group["step"] += 1
         self._update(self._params())
 
     def _update_in_backward(self, group_index: int, index: int, param: Tensor) -> bool:
@@ -263,7 +275,8 @@ class SWAN(NamedOptimizer):
             for batch in _chunks(matrices):
                 self._whiten(batch)
         for group_index, adam_batch in rest.items():
-            _adam(self.param_groups[group_index], adam_batch)
+            group = self.param_groups[group_index]
+            _adam(group, adam_batch, self._rounding(group))
 
     def _make_state(self, param: Tensor, for_adam: bool) -> None:
         """
@@ -297,9 +310,10 @@ class SWAN(NamedOptimizer):
         del grads
         if sharding is not None:
             updates = sharding.scatter(updates, len(batch))
+        rounding = self._rounding(first.group)
         for index, matrix in enumerate(batch):
             kept = None if finite is None else finite[index]
-            _move(matrix, updates[index], kept)
+            _move(matrix, updates[index], kept, rounding)
             self.state[matrix.param]["step"] += 1
 
     def _running_means(self, batch: list[_Matrix], grads: Tensor, finite: Tensor | None) -> Tensor:
@@ -327,17 +341,15 @@ class SWAN(NamedOptimizer):
                 return None
             self._tell_not_finite([name for name, good in zip(names, finite.tolist(), strict=True) if not good])
             return finite
-        there = torch.empty(finite.shape, dtype=torch.bool, device="cpu", pin_memory=finite.device.type == "cuda")
-        there.copy_(finite, non_blocking=True)
-        self.__dict__.setdefault("_pending_checks", []).append((names, there))
+        self.__dict__.setdefault("_late_flags", LateFlags()).leave(names, finite)
         return finite
 
     def _warn_not_finite(self) -> None:
-        """Reads what the step before left to be read; by now it has arrived."""
-        for names, finite in self.__dict__.pop("_pending_checks", []):
-            bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-            if bad:
-                self._tell_not_finite(bad)
+        """Reads what the steps before left to be read, as far as it has arrived."""
+        late: LateFlags | None = self.__dict__.get("_late_flags")
+        bad = late.take_false() if late is not None else []
+        if bad:
+            self._tell_not_finite(bad)
 
     def _tell_not_finite(self, names: list[str]) -> None:
         """One warning per step, with tensors that no earlier one named."""
@@ -378,7 +390,7 @@ def _directions(grads: Tensor, like: _Matrix) -> Tensor:
     return like.layout.tensors(found, grads.shape[1:])
 
 
-def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:
+def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None, rounding: Rounding | None) -> None:
     """`W (1 - lr * weight_decay) - lr * scale * dW` in float32, rounded once; no decay without a finite gradient."""
     group, param = matrix.group, local(matrix.param)
     lr = float(group["lr"])
@@ -388,16 +400,16 @@ def _move(matrix: _Matrix, update: Tensor, finite: Tensor | None) -> None:
         wide.mul_(1.0 - decay if finite is None else 1.0 - decay * finite.to(wide.dtype))
     wide.add_(update, alpha=-lr * group["scale"])
     if wide is not param:
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            round_stochastically_(wide)
+        if rounding is not None:
+            rounding.before(wide, param.dtype)
         param.copy_(wide)
 
 
-def _adam(group: dict[str, Any], batch: AdamBatch) -> None:
+def _adam(group: dict[str, Any], batch: AdamBatch, rounding: Rounding | None) -> None:
     ratio = group["adam_lr_ratio"]
     adam_update(
         batch,
-        group["stochastic_rounding"],
+        rounding,
         lr=float(group["lr"]) * ratio,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

@@ -52,6 +52,17 @@ def sublists(tensors: Sequence[Tensor], numel: int) -> Iterator[list[int]]:
         yield found
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """To a device, without the host waiting for it."""
+    pin = device.type == "cuda" and torch.cuda.is_available()
+    return (values.pin_memory() if pin else values).to(device, non_blocking=True)
+
+
+def fetch(values: Tensor) -> list[Any]:
+    """To the host, which waits for it: nothing else here reads a device."""
+    return values.tolist()
+
+
 def copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Contiguous copies in another dtype, in one piece of memory, which comes first."""
     sizes = [tensor.numel() for tensor in tensors]
