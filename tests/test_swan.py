@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from support.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_lora, tiny_mi
 from support.processes import peak_allocated
 
 import hf_sai
-from hf_sai.optim import SWAN, swan
+from hf_sai.optim import SWAN, flags, swan
 from hf_sai.optim.swan import BYTES_PER_ELEMENT
 
 
@@ -356,10 +357,12 @@ def test_stochastic_rounding_moves_what_plain_rounding_loses():
     assert min(moved[True, "swan"], moved[True, "adam"]) > 0.1
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "bf16", "large bf16"])
-def test_adams_part_equals_torchs_adamw(layout, monkeypatch):
+def test_adams_part_equals_torchs_adamw(layout, accelerator, monkeypatch):
     from hf_sai.optim import adam_update
 
+    monkeypatch.setattr(adam_update, "is_accelerator", lambda device: accelerator)
     monkeypatch.setattr(adam_update, "BLOCK_NUMEL", 64)
     start = torch.randn(6, 40) if layout == "large bf16" else torch.randn(6, 4)
     start = start.bfloat16() if "bf16" in layout else start
@@ -438,12 +441,48 @@ def test_bad_options_are_refused(options, message):
         )
 
 
-def test_flags_of_an_accelerator_are_read_in_the_next_step(monkeypatch, caplog):
-    """On the CPU they are read at once; the path of accelerators is walked by hand."""
+def test_flags_of_an_accelerator_are_read_once_they_have_arrived_and_told_once(monkeypatch, caplog):
+    """On the CPU they are read at once; here the copy arrives when an event says so, as on CUDA."""
+    monkeypatch.setattr(flags, "ASYNCHRONOUS", ("cpu",))
+    events = [SimpleNamespace(done=False) for _ in range(2)]
+    for event in events:
+        event.query = lambda event=event: event.done
+    monkeypatch.setattr(flags, "_recorded_event", lambda device, left=list(events): left.pop(0))
+    late = flags.LateFlags()
+    copied = late.leave(["first", "second"], torch.tensor([True, False])) or late._waiting[0][1]
+    arrived = copied.clone()
+    copied.copy_(torch.tensor([False, False]))  # what stands in the memory before the copy is no flag
     optimizer = SWAN([("matrix", torch.nn.Parameter(torch.zeros(2, 3)))])
-    optimizer.__dict__["_pending_checks"] = [(["first", "second"], torch.tensor([True, False]))]
+    optimizer.__dict__["_late_flags"] = late
+    late.leave(["third"], torch.tensor([False]))
     with caplog.at_level(logging.WARNING, logger=swan.__name__):
+        optimizer.step()
+        assert not caplog.records
+        copied.copy_(arrived)
+        events[0].done = True
         optimizer.step()
         optimizer.step()
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("The gradient of second has inf or NaN")
+
+
+def test_a_load_puts_adams_step_where_the_parameter_is():
+    """As on one GPU, where the Trainer maps checkpoints to the CPU; `meta` stands in for the GPU."""
+    groups = [("matrix", (4, 6), "swan"), ("bias", (6,), "adam")]
+
+    def made(device):
+        params = [torch.nn.Parameter(torch.randn(shape, device=device)) for _, shape, _ in groups]
+        pairs = [{"params": [(n, p)], "kind": kind} for (n, _, kind), p in zip(groups, params, strict=True)]
+        return params, SWAN(pairs, momentum=0.5)
+
+    params, optimizer = made("cpu")
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    _, other = made("meta")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = {key: value for state in other.state.values() for key, value in state.items()}
+    assert {"exp_avg", "exp_avg_sq", "momentum_buffer"} <= set(found)
+    kept = [value for state in other.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert len(kept) == 4
+    assert all(value.device.type == "meta" for value in kept)
