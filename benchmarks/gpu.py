@@ -6,10 +6,10 @@ hf_sai on an accelerator: one command, under 8 minutes, one JSON file and a tabl
     python benchmarks/gpu.py --only speed sync      # some sections
 
 Sections: parity (values by dtype and path against a float64 formula), rounding (bf16 that stalls), sync (host waits),
-resume (through the CPU), flags (a host that runs ahead), scaler (GradScaler), offload (state on the CPU between steps),
-real (a model's step, and memory against `hf-sai memory`), trainer, speed (against torch's fused optimizers, and
-launches), graph (torch.compile and CUDA graphs). The exit status is 1 where a check failed. Results are written after every section,
-to `benchmarks/results/gpu_<device>.json` and `.md`.
+resume (through the CPU), flags (a host that runs ahead), scaler (GradScaler), offload (state on the CPU between
+steps), real (a model's step, and memory against `hf-sai memory`), trainer, speed (against torch's fused optimizers,
+and launches), graph (torch.compile and CUDA graphs). The exit status is 1 where a check failed. Results are written
+after every section, to `benchmarks/results/gpu_<device>.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import command, machine, markdown_table, write_results
+from common import command, machine, write_results
 from gpu_parts import (
     MAKERS,
     Checks,
@@ -35,6 +35,7 @@ from gpu_parts import (
     saved_and_mapped,
     state_devices,
     swan,
+    tables,
     twins,
     waits,
     worst_relative,
@@ -412,22 +413,6 @@ class Acceptance:
 SECTIONS = ("parity", "rounding", "sync", "resume", "flags", "scaler", "offload", "real", "trainer", "speed", "graph")
 
 
-def tables(acceptance: Acceptance) -> str:
-    """The checks in a line each, and the times."""
-    rows = [["ok" if row["ok"] else "FAILED", row["check"]] for row in acceptance.checks.rows]
-    parts = [markdown_table(["", "check"], rows)]
-    header = ["optimizer", "over fused SGD", "ms", "host ms", "first step ms", "launches", "extra MB"]
-    for title, found in acceptance.speeds.items():
-        cells = [
-            [name, row["over_fused_sgd"], row["ms"], row["host_ms"], row["first_ms"], row["launches"]]
-            + [round(row["extra_bytes"] / 1e6, 1)]
-            for name, row in found.items()
-            if row.get("over_fused_sgd") is not None
-        ]
-        parts.append(f"### {title}\n\n{markdown_table(header, cells)}")
-    return "\n\n".join(parts)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the sections, writes after each, and exits with 1 where a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -449,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         acceptance.seconds[section] = round(time.perf_counter() - begun, 1)
         results = {"machine": machine("transformers"), "command": command(__file__, argv)}
         results |= {"checks": acceptance.checks.rows, "seconds": acceptance.seconds, "speed": acceptance.speeds}
-        write_results(name, results, tables(acceptance))
+        write_results(name, results, tables(acceptance.checks, acceptance.speeds))
     failed = acceptance.checks.failed
     count = len(acceptance.checks.rows)
     print(f"{count - len(failed)} of {count} passed in {sum(acceptance.seconds.values()):.0f} s")

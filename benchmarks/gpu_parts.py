@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from common import markdown_table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -241,3 +242,19 @@ def llama(tiny: bool, dtype: torch.dtype) -> Any:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     sizes = zip(names, (32, 64, 2, 4, 128) if tiny else (1024, 2816, 24, 16, 32000), strict=True)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**dict(sizes))).to(dtype)
+
+
+def tables(checks: Checks, speeds: dict[str, dict[str, Any]]) -> str:
+    """The checks in a line each, and the times."""
+    rows = [["ok" if row["ok"] else "FAILED", row["check"]] for row in checks.rows]
+    parts = [markdown_table(["", "check"], rows)]
+    header = ["optimizer", "over fused SGD", "ms", "host ms", "first step ms", "launches", "extra MB"]
+    for title, found in speeds.items():
+        cells = [
+            [name, row["over_fused_sgd"], row["ms"], row["host_ms"], row["first_ms"], row["launches"]]
+            + [round(row["extra_bytes"] / 1e6, 1)]
+            for name, row in found.items()
+            if row.get("over_fused_sgd") is not None
+        ]
+        parts.append(f"### {title}\n\n{markdown_table(header, cells)}")
+    return "\n\n".join(parts)

@@ -40,6 +40,7 @@ def test_what_fails_is_said_and_is_the_exit_status(monkeypatch, tmp_path, capsys
         gpu.main(["--device", "cpu", "--tiny", "--only", "rounding"])
     assert ended.value.code == 1
     assert "FAILED: rounding: replicas are equal" in capsys.readouterr().out
-    late = pytest.raises(SystemExit, gpu.main, ["--device", "cpu", "--tiny", "--only", "parity", "--budget", "-1"])
+    with pytest.raises(SystemExit) as late:
+        gpu.main(["--device", "cpu", "--tiny", "--only", "parity", "--budget", "-1"])
     assert late.value.code == 1
     assert "FAILED: section parity" in capsys.readouterr().out

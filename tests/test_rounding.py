@@ -123,3 +123,22 @@ def test_pieces_of_another_size_leave_the_noise_of_whole_tensors_alone(monkeypat
             optimizer.step()
         found.append(whole.detach())
     assert torch.equal(*found)
+
+
+def test_copies_of_large_tensors_are_bounded(monkeypatch):
+    sizes = []
+    original = sgd_update.copies
+
+    def copies(tensors, dtype):
+        flat, found = original(tensors, dtype)
+        sizes.append(flat.numel())
+        return flat, found
+
+    monkeypatch.setattr(sgd_update, "copies", copies)
+    expected = trained(5, kahan_sum=True)[0]
+    assert not sizes
+    monkeypatch.setattr(sgd_update, "LIST_NUMEL", 120)
+    found = trained(5, accelerator=True, kahan_sum=True)[0]
+    assert max(sizes) == 120
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2.0**-8, atol=0.0)

@@ -291,6 +291,43 @@ def test_works_under_torch_compile():
     assert compiled.gsnr_statistics() == eager.gsnr_statistics()
 
 
+def test_a_compiled_step_has_no_graph_break_once_all_is_measured():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    params = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
+    optimizer = SGDSaI(params, lr=0.01)
+    step = optimizer.step
+    for number in range(6):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.param_groups[0]["lr"] = 0.01 / (number + 1)
+        step()
+        if number == 0:
+            step = torch.compile(optimizer.step, backend="eager")
+            counters.clear()
+    assert not counters["graph_break"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3  # torch.optim.SGD: 2, and one break
+
+
+def test_a_grad_scaler_skips_a_step_and_all_others_are_as_without_it():
+    plain, scaled = (torch.nn.Parameter(torch.linspace(-1, 1, 12)) for _ in range(2))
+    optimizer, other = SGDSaI([plain], lr=0.01), SGDSaI([scaled], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for number in range(5):
+        gradient = torch.randn(12)
+        loss = (scaled * gradient).sum() * (torch.inf if number == 2 else 1.0)
+        other.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(other)
+        scaler.update()
+        if number != 2:
+            plain.grad = gradient
+            optimizer.step()
+    torch.testing.assert_close(plain, scaled, rtol=1e-6, atol=1e-7)
+    assert optimizer.param_groups[0]["step"] == other.param_groups[0]["step"] == 4
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_learning_rate_that_is_a_tensor_gives_the_same_and_is_never_read_back(momentum, monkeypatch):
     params, same = mixed_params(), mixed_params()

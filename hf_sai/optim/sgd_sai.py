@@ -20,7 +20,8 @@ from .checks import check_choice, check_flag, check_number, check_share, check_w
 from .gsnr import NORMALIZATIONS, GradientMoments, gradient_moments
 from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, norms
 from .scales import MeasuredScales
-from .sgd_update import Batch, next_coefficients, update
+from .sgd_batch import Batch, next_coefficients
+from .sgd_update import update
 from .tensors import BLOCK_NUMEL, gradient_of, is_sharded, local, low_precision
 
 
@@ -54,9 +55,11 @@ class SGDSaI(MeasuredScales):
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
     State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool), and
-    where `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of
-    AdamW's. The buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over
-    memory of its own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with.
+    where `momentum` is not 0 `momentum_buffer` (parameter's shape), `buffer_scale`, `decay_ratio` and `decay` (float):
+    half of AdamW's. The buffer holds `g_snr * m_t` and a multiple of `theta_{t-1}`, by which a group is updated by one
+    call and decoupled decay needs no pass over memory of its own (derived in `hf_sai/optim/sgd_batch.py`); so it
+    belongs to the parameters it was saved with. In fp16 `g_snr * m_t` has to stay below 65504. With `kahan_sum`
+    `rounding_error` (parameter's shape and dtype).
     State is made for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients
     came nor on parameters that a sharding library replaces after construction. `state_dict()` holds plain values and
     tensors only.
@@ -75,7 +78,7 @@ class SGDSaI(MeasuredScales):
             What to optimize. Names appear in warnings and in [`~SGDSaI.gsnr_statistics`].
         lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-2):
             Learning rate, before `scale`. A tensor without dimensions on the parameters' device is not read back, so
-            that steps after the measuring ones can be captured in a CUDA graph; these take the plain path.
+            that steps after the measuring ones can be captured in a CUDA graph.
         momentum (`float`, *optional*, defaults to 0.9):
             Decay of the momentum buffer, in [0, 1). 0 keeps no buffer.
         weight_decay (`float`, *optional*, defaults to 1e-2):
@@ -92,15 +95,19 @@ class SGDSaI(MeasuredScales):
         foreach (`bool`, *optional*):
             Whether to update lists of tensors at once. `None`: for small tensors on accelerators.
         fused (`bool`, *optional*):
-            Whether to touch memory once per element. `None`: with torch's ready-made kernel, on CPU and for large
-            tensors on CUDA, in float32 and float64. `True`: compiles a kernel for low precision too, which takes 10 to
-            20 s in the second step; where that can't be done, one warning, and the plain path. The result is the same
-            up to rounding.
+            Whether to touch memory once per element. `None`: with torch's ready-made kernel, in float32 and float64 on
+            CPU, and in all dtypes on CUDA, where small tensors share a call. `True`: compiles a kernel for low
+            precision on the CPU, which takes 10 to 20 s in the second step; where that can't be done, one warning, and
+            the plain path. The result is the same up to rounding.
         state_dtype (`str` or `torch.dtype`, *optional*):
             Of the momentum buffer: `"float32"`, `"bfloat16"` or `"float16"`. `None`: the parameter's.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Rounds bf16 parameters at random instead of to the nearest, so that updates below their resolution are not
-            lost. Uses torch's global random numbers.
+            lost. The noise has a generator of its own, seeded by the step: replicas stay equal, a resumed run goes on
+            as it would have, and the global random numbers are left alone. Not inside a CUDA graph.
+        kahan_sum (`bool`, *optional*, defaults to `False`):
+            Keeps what rounding bf16 and fp16 parameters loses, and adds it in the next step (Kahan summation): close
+            to float32 parameters, for 2 bytes of state more per element. Not beside `stochastic_rounding`.
         gsnr (iterable of rows, *optional*):
             Scales of another run instead of measuring: `report.tensors` or `gsnr_statistics()`. Parameters need names,
             the same as the rows'. A row that is pending is measured as usual.
@@ -287,27 +294,30 @@ class SGDSaI(MeasuredScales):
         paired = self._paired_gradients(group) if group["paired"] else {}
         step = group["lr"].detach() if isinstance(group["lr"], Tensor) else float(group["lr"])
         step = step / normalizer if normalizer != 1.0 else step
+        momentum, rounding = group["momentum"], group["stochastic_rounding"] or group["kahan_sum"]
         batches: dict[Any, Batch] = {}
         for param in params:
             if param.grad is None or (skipped and param in skipped):
                 continue
             state = self.state[param]
-            moving = bool(state["gsnr"] and group["momentum"])
+            moving = bool(state["gsnr"] and momentum)
             starts = moving and bool(first) and param in first  # m_1 = g_1
             if moving and "momentum_buffer" not in state:  # momentum was switched on after the first step
                 self._add_buffer(group, param)
                 self._zero_new_buffers()
                 starts = True
+            error = state.get("rounding_error") if rounding else None
             # Pieces differ in size from rank to rank, and so does what noise they take.
-            pieces = group["stochastic_rounding"] and is_sharded(param)
-            key = (moving, "rounding_error" in state, pieces)
-            batch = batches.get(key) or batches.setdefault(key, Batch(group["maximize"], self._rounding(group)))
+            key = (moving, error is not None, is_sharded(param)) if rounding else moving
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch(group["maximize"], self._rounding(group))
             if moving:
                 batch.buffers.append(local(state["momentum_buffer"]))
-            if "rounding_error" in state:
-                batch.errors.append(local(state["rounding_error"]))
+            if error is not None:
+                batch.errors.append(local(error))
             batch.params.append(local(param))
-            batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
+            batch.grads.append(paired[param] if paired and param in paired else local(gradient_of(param)))
             batch.coefficients.append(next_coefficients(group, state, step, normalizer, starts))
         for batch in batches.values():
             update(batch, group["foreach"], group["fused"])

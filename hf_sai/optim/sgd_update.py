@@ -1,22 +1,7 @@
 """
 The update of SGD-SaI on lists of plain tensors, on five paths that mean the same.
 
-Decoupled decay costs no pass over memory of its own, and a whole group takes one call, because both the decay and the
-scales are folded into the momentum buffer. With `m' = mu m + (1 - mu) g`, the g-SNR `S` of a tensor, `z` for what
-divides it and `e = lr / z`, the update `p <- p (1 - lr weight_decay) - lr (S / z) m` is
-
-    N = S m + c p,   c = weight_decay z,   p <- p - e N
-
-and neither `e` nor `c` knows the tensor. With "before" (`b`) for the tensor's last update, and `r = S / S_b`, follows
-
-    N' = mu r (1 - c_b e_b) N + (1 - mu) S g + (c - mu r c_b) p
-
-which is the recurrence of SGD with coupled decay, for which torch has a kernel, and holds for any change of learning
-rate, decay, momentum, g-SNR and divisor between the steps. `r` is 1 once a scale is settled, so that only the weight
-of the gradient differs between the tensors of a group. The momentum buffer holds `N`, and the state `S_b`
-(`buffer_scale`), `c_b` (`decay_ratio`) and `c_b e_b` (`decay`). A state of before 0.2 has no `buffer_scale` and holds
-`N` for `S_b = 1`: the same recurrence takes it on. Where the learning rate is a tensor, as CUDA graphs need it, `c` is
-0 in the buffer, and the decay is applied to the parameter in the same pass.
+What is computed stands in [`Coefficients`] of `sgd_batch.py`.
 
 - single: one tensor after the other, eager. Any dtype and layout; bf16 and fp16 are computed in float32.
 - fused: `torch._fused_sgd_`, the kernel of `torch.optim.SGD(fused=True)`, once per tensor, which reads p, g, N and
@@ -33,13 +18,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rounding import Rounding
+from .sgd_batch import Batch, Coefficients
 from .tensors import (
     BLOCK_NUMEL,
     FUSED_DEVICES,
@@ -65,99 +49,6 @@ ACCELERATOR_FUSED_NUMEL = 1 << 21
 _NATIVE = (torch.float32, torch.float64)
 
 
-class Coefficients(NamedTuple):
-    """
-    Of one tensor's update: `N <- keep * N + weight * g + pull * p`, then `p <- p - step * (N + after * p)`.
-
-    Without a buffer `N` is `weight * g + pull * p`. With a learning rate that is a tensor `step` is one too, without
-    dimensions, and nothing is read back from the device; `after` is 0 otherwise.
-    """
-
-    keep: float
-    weight: float
-    pull: float
-    step: Any  # float or Tensor
-    after: float = 0.0
-
-
-def next_coefficients(
-    group: dict[str, Any], state: dict[str, Any], step: float | Tensor, divisor: float, starts: bool
-) -> Coefficients:
-    """
-    Of a tensor's update, with the decay and the scale folded into the buffer as it is derived above.
-
-    Args:
-        group (`dict`): With `lr`, `momentum` and `weight_decay`.
-        state (`dict`): Of the tensor, with `gsnr`; 0 marks a pending tensor, whose gradient is zero and which only
-            decays. `buffer_scale`, `decay_ratio` and `decay` are those of the update before, and written for the next;
-            not where there is no buffer.
-        step (`float` or `torch.Tensor`): The learning rate, divided by `divisor`.
-        divisor (`float`): Of g-SNR.
-        starts (`bool`): Whether this is the first step of the buffer.
-    """
-    momentum, ratio, scale = group["momentum"], group["weight_decay"] * divisor, state["gsnr"]
-    if not scale or not momentum:
-        return Coefficients(0.0, scale or 1.0, ratio, step)
-    by_tensor = isinstance(step, Tensor)
-    folded, after = (0.0, ratio) if by_tensor else (ratio, 0.0)
-    if starts:
-        found = Coefficients(0.0, scale, folded, step, after)
-    else:
-        kept = momentum * (scale / state.get("buffer_scale", 1.0))
-        pull = folded - kept * state["decay_ratio"]
-        found = Coefficients(kept * (1.0 - state["decay"]), (1.0 - momentum) * scale, pull, step, after)
-    state["buffer_scale"], state["decay_ratio"] = scale, folded
-    state["decay"] = 0.0 if by_tensor else folded * step
-    return found
-
-
-@dataclass
-class Batch:
-    """
-    Tensors that are updated together; plain tensors, no DTensor.
-
-    Args:
-        maximize (`bool`): Whether the gradients are negated.
-        rounding (`Rounding`, *optional*): Of low-precision parameters, if not to the nearest.
-        params (`list[torch.Tensor]`): Written.
-        grads (`list[torch.Tensor]`): Read. Shapes of `params`.
-        buffers (`list[torch.Tensor]`): Written; of all tensors or of none. Shapes of `params`, any floating dtype.
-        errors (`list[torch.Tensor]`): As `buffers`, of the parameters' dtype: what rounding lost (Kahan).
-        coefficients (`list[Coefficients]`): One per tensor.
-    """
-
-    maximize: bool = False
-    rounding: Rounding | None = None
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)
-    errors: list[Tensor] = field(default_factory=list)
-    coefficients: list[Coefficients] = field(default_factory=list)
-
-    def take(self, indices: Sequence[int]) -> Batch:
-        """A batch of some of the tensors."""
-        if len(indices) == len(self.params):
-            return self
-        return Batch(
-            self.maximize,
-            self.rounding,
-            [self.params[i] for i in indices],
-            [self.grads[i] for i in indices],
-            [self.buffers[i] for i in indices] if self.buffers else [],
-            [self.errors[i] for i in indices] if self.errors else [],
-            [self.coefficients[i] for i in indices],
-        )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Coefficients]]:
-        buffers: Sequence[Tensor | None] = self.buffers or [None] * len(self.params)
-        return iter(zip(self.params, self.grads, buffers, self.coefficients, strict=True))
-
-    @property
-    def sign(self) -> float:
-        """Of the gradients."""
-        return -1.0 if self.maximize else 1.0
-
-
 def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None) -> None:
     """
     Updates every tensor of a batch in place as [`Coefficients`] says, each on the fastest path that it can take.
@@ -168,10 +59,12 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
         fused (`bool`, *optional*): `None` means the ready-made kernel. `True` compiles for low precision on the CPU,
             which the kernel can't do there. `False`: no kernel, but `torch._foreach_*` where `foreach` is not `False`.
     """
+    if torch.compiler.is_compiling():  # the compiler fuses by itself
+        fused = False
     by_path: dict[str, list[int]] = {}
     for index, row in enumerate(batch):
         by_path.setdefault(_path(*row, batch, foreach, fused), []).append(index)
-    kernel = fused is not False and not (foreach and not fused) and not torch.compiler.is_compiling()
+    kernel = fused is not False and not (foreach and not fused)
     for path, indices in by_path.items():
         part = batch.take(indices)
         if path == "compiled":
@@ -197,12 +90,10 @@ def _path(
 ) -> str:
     """Which path a tensor takes."""
     numel, dtype, device = param.numel(), param.dtype, param.device
-    same = grad.dtype == dtype and (buffer is None or buffer.dtype == dtype)
-    native = same and dtype in _NATIVE
     if not numel:
         return "single"
-    if torch.compiler.is_compiling():  # the compiler fuses by itself
-        return "together" if foreach is not False and is_accelerator(device) and native else "single"
+    same = grad.dtype == dtype and (buffer is None or buffer.dtype == dtype)
+    native = same and dtype in _NATIVE
     rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
     has_kernel = device.type in FUSED_DEVICES and in_order(param, grad, buffer)
     by_tensor = isinstance(c.step, Tensor)
@@ -373,10 +264,25 @@ def _call(
 
 
 def _wide(batch: Batch, kernel: bool = True) -> None:
-    """As [`_together`], on float32 copies, which are rounded as the batch asks for."""
-    for part in _alike(batch):
+    """As [`_together`], on float32 copies, which are rounded as the batch asks for; large tensors piece by piece."""
+    for part in map(_in_pieces, _alike(batch)):
         for indices in sublists(part.params, LIST_NUMEL):
             _wide_step(part.take(indices), kernel)
+
+
+def _in_pieces(batch: Batch) -> Batch:
+    """The same elements in tensors of up to `LIST_NUMEL`; what is not contiguous stays whole."""
+    if all(param.numel() <= LIST_NUMEL for param in batch.params):
+        return batch
+    found = Batch(batch.maximize, batch.rounding)
+    for index, coefficients in enumerate(batch.coefficients):
+        kinds = [values for values in batch.lists if values]
+        targets = [kept for kept, values in zip(found.lists, batch.lists, strict=True) if values]
+        for pieces in blocks([values[index] for values in kinds], LIST_NUMEL):
+            for kept, piece in zip(targets, pieces, strict=True):
+                kept.append(piece)
+            found.coefficients.append(coefficients)
+    return found
 
 
 def _wide_step(batch: Batch, kernel: bool) -> None:

@@ -28,14 +28,12 @@ def low_precision(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def in_order(*tensors: Tensor | None) -> bool:
+def in_order(first: Tensor, *others: Tensor | None) -> bool:
     """Whether equal positions in memory are equal elements, without gaps: what torch's fused kernels read by."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if all(tensor.is_contiguous() for tensor in given):
-        return True
-    first = given[0]
+    if first.is_contiguous():
+        return all(other is None or other.is_contiguous() for other in others)
     dense = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
-    return dense and all(tensor.stride() == first.stride() for tensor in given)
+    return dense and all(other is None or other.stride() == first.stride() for other in others)
 
 
 def sublists(tensors: Sequence[Tensor], numel: int) -> Iterator[list[int]]:
