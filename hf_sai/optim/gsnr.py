@@ -272,6 +272,8 @@ def combine_moments(first: Tensor, second: Tensor) -> Tensor:
 
 def _combine_over_mesh(table: Tensor, gradients: Sequence[Tensor], mesh: Any) -> Tensor:
     """Rows of the whole tensors from those of the shards; a dimension over which one is replicated adds nothing."""
+    if table.device.type != mesh.device_type:  # FSDP2's CPU offload: the ranks can only talk on their devices
+        table = table.to(mesh.device_type)
     for dim in range(mesh.ndim):
         sharded = [gradient.placements[dim].is_shard() for gradient in gradients]  # type: ignore[attr-defined]
         if not any(sharded):
