@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, markdown_table, write_results
+from common import command, machine, markdown_table, write_results
 from optimizer_step import Shapes, gpt2_shapes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -265,7 +265,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         earlier = before.get(title, {})
         cells = [model, str(dtype).removeprefix("torch."), optimizer]
         for key in ("steady", "first", "reads", "first_reads"):
-            cells.append(f"{earlier[key]:,} -> {counted[key]:,}" if earlier else f"{counted[key]:,}")
+            before_it = (
+                "" if not earlier else f"{'not counted' if earlier[key] is None else format(earlier[key], ',')} -> "
+            )
+            cells.append(f"{before_it}{counted[key]:,}")
         rows.append(cells)
         print(*rows[-1])
     header = [
@@ -280,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     text = "Launches of one step on CUDA, counted on `meta` tensors; nothing here ran on a GPU."
     text += " Before `->`: an earlier version." if before else ""
-    results = {"machine": machine(), "counts": found, "before": before}
+    results = {"machine": machine(), "command": command(__file__, argv), "counts": found, "before": before}
     write_results(args.name, results, f"{text}\n\n{markdown_table(header, rows)}")
 
 
