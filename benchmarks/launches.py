@@ -279,7 +279,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "in the first step",
         "host reads",
         "in the first",
-        "GB touched",
     ]
     text = "Launches of one step on CUDA, counted on `meta` tensors; nothing here ran on a GPU."
     text += " Before `->`: an earlier version." if before else ""
