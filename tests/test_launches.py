@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,15 @@ def test_swan_reads_nothing_and_adam_takes_low_precision_in_lists(launches):
     assert found["reads"] == 0
     adam = sum(count for name, count in found["by_name"].items() if name.startswith(("_fused_adam", "_foreach_copy")))
     assert adam <= 40
+
+
+@pytest.mark.parametrize(("model", "optimizer"), [("GPT-2", "SGD-SaI"), (LORA, "SGD-SaI, paired"), (LORA, "SGD-SaI")])
+def test_the_committed_table_is_what_is_counted(launches, model, optimizer):
+    written = json.loads((BENCHMARKS / "results" / "launches.json").read_text())["counts"]
+    found = launches.count(model, optimizer, BF16)
+    assert written[f"{model}, bfloat16, {optimizer}"] == found
+    row = f"| {model} | bfloat16 | {optimizer} |"
+    (line,) = [
+        line for line in (BENCHMARKS / "results" / "launches.md").read_text().splitlines() if line.startswith(row)
+    ]
+    assert f"-> {found['steady']:,} |" in line
