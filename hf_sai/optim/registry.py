@@ -19,7 +19,8 @@ from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .lora_pairs import PAIR_POLICIES
 from .matrices import WHITENING_DTYPES
 from .routing import LORA_POLICIES
-from .sgd_sai import STATE_DTYPES, SGDSaI
+from .sgd_options import STATE_DTYPES
+from .sgd_sai import SGDSaI
 from .swan import SWAN
 from .whitening import METHODS
 
@@ -145,6 +146,7 @@ _SGD_SAI = OptimizerRecord(
             "of the momentum buffer",
         ),
         Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
+        Option("kahan_sum", "true or false", to_bool, "keep what rounding of bf16 and fp16 parameters loses"),
         Option("gsnr", "a report: file, folder or Hub repository", to_source, "take scales, measure nothing"),
         Option("lora_policy", " or ".join(PAIR_POLICIES), one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
     ),
