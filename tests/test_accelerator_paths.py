@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
 from reference import ReferencePair
 
 from hf_sai.optim import SGDSaI, lora_pairs, sgd_update
+from hf_sai.optim.rounding import Rounding
+from hf_sai.optim.sgd_batch import Batch, Coefficients
 
 
 pytestmark = pytest.mark.on_device
@@ -129,6 +132,43 @@ def test_every_path_is_the_formula(path, dtype, as_cuda, device):
         # The buffer or the learning rate is float32 then.
         as_float32 = path in ("by tensor", "state_dtype") and dtype == torch.float64
         assert worst(params, formula) < (1e8 if as_float32 else 64 if dtype.itemsize > 2 else 6)
+
+
+ROUNDINGS = {"nearest": None, "kahan": Rounding(), "stochastic": Rounding(3)}
+CALLS = {"chosen": {}, "foreach": {"foreach": True, "fused": False}, "per tensor": {"foreach": False}, "by tensor": {}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("path", CALLS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_flag_leaves_a_call_alone_on_every_path(dtype, strided, momentum, path, rounding, as_cuda, device):
+    """Nothing is read back: the update is told by a number on the device."""
+    if device == "cpu" and path == "foreach" and dtype.itemsize == 2:
+        pytest.skip("the CPU's stand-in has no low precision")
+    params = [torch.randn(8, 6, device="cpu").to(device, dtype) for _ in range(3)]
+    params = [each.t() if strided else each for each in params]
+    buffers = [torch.randn_like(each) for each in params] if momentum else []
+    has_errors = rounding == "kahan" and dtype == torch.bfloat16
+    errors = [each * 2.0**-10 for each in params] if has_errors else []
+    grads = [torch.randn_like(each) for each in params]
+    step = torch.tensor(0.1, device=device) if path == "by tensor" else 0.1
+    coefficients = [Coefficients(0.9, weight, 0.01, step) for weight in (1.0, 2.0, 3.0)]
+
+    def updated(flag, gradients):
+        lists = [[each.clone() for each in values] for values in (params, buffers, errors)]
+        noise = ROUNDINGS[rounding] and Rounding(ROUNDINGS[rounding].seed)
+        found = None if flag is None else torch.tensor(flag, device=device)
+        sgd_update.update(Batch(False, noise, lists[0], gradients, *lists[1:], coefficients, found), **CALLS[path])
+        return [each for values in lists for each in values]
+
+    before = [*params, *buffers, *errors]
+    bad = [grads[0], torch.full_like(grads[1], math.nan), grads[2]]
+    assert all(torch.equal(*pair) for pair in zip(updated(1.0, bad), before, strict=True))
+    pairs = list(zip(updated(0.0, grads), updated(None, grads), strict=True))
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert not any(torch.equal(one, other) for (one, _), other in zip(pairs, before, strict=True))
 
 
 def test_a_group_is_one_call_and_large_tensors_have_their_own(as_cuda, monkeypatch, device):

@@ -12,12 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_sai
-from hf_sai.optim import SGDSaI, SGDSaILayerwise, SWANLayerwise, sgd_update
+from hf_sai.optim import SGDSaI, SGDSaILayerwise, SWANLayerwise
 from hf_sai.optim.adam_update import AdamBatch, adam_update, new_adam_state
 from hf_sai.optim.finite import LateNews, find_not_finite
-from hf_sai.optim.rounding import Rounding
-from hf_sai.optim.sgd_batch import Batch, Coefficients
-from hf_sai.optim.sgd_update import update
 from hf_sai.optim.swan import SWAN
 
 
@@ -171,46 +168,6 @@ def test_large_gradients_are_finite_where_their_norm_is_not():
 
 
 # ---- What stays on a device ----
-
-
-ROUNDINGS = {"nearest": None, "kahan": Rounding(), "stochastic": Rounding(3)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("options", [{}, {"foreach": True, "fused": False}, {"foreach": False}, {"by_tensor": True}])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_a_flag_on_the_device_leaves_a_call_alone(
-    dtype, strided, momentum, accelerator, options, rounding, monkeypatch
-):
-    """As an accelerator has it: nothing is read back, and the update is told by a flag."""
-    monkeypatch.setattr(sgd_update, "is_accelerator", lambda device: accelerator)
-    # The CPU's kernel is wrong in low precision, and here only what it is told counts.
-    torch.manual_seed(0)
-    params = [torch.randn(8, 6).to(dtype) for _ in range(3)]
-    params = [each.t() if strided else each for each in params]
-    buffers = [torch.randn_like(each) for each in params] if momentum else []
-    errors = [torch.randn_like(each) * 1e-4 for each in params] if rounding == "kahan" else []
-    grads = [torch.randn_like(each) for each in params]
-    step = torch.tensor(0.1) if options.get("by_tensor") else 0.1
-    kernel = {key: value for key, value in options.items() if key != "by_tensor"}
-    coefficients = [Coefficients(0.9, weight, 0.01, step) for weight in (1.0, 2.0, 3.0)]
-
-    def updated(flag, gradients):
-        lists = [[each.clone() for each in values] for values in (params, buffers, errors)]
-        noise = ROUNDINGS[rounding] and Rounding(ROUNDINGS[rounding].seed)
-        found = None if flag is None else torch.tensor(flag)
-        update(Batch(False, noise, lists[0], gradients, *lists[1:], coefficients, found), **kernel)
-        return sum(lists, [])
-
-    before = [*params, *buffers, *errors]
-    bad = [grads[0], torch.full_like(grads[1], math.nan), grads[2]]
-    assert all(torch.equal(one, other) for one, other in zip(updated(1.0, bad), before, strict=True))
-    pairs = list(zip(updated(0.0, grads), updated(None, grads), strict=True))
-    assert all(torch.equal(one, other) for one, other in pairs)
-    assert not any(torch.equal(one, other) for (one, _), other in zip(pairs, before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -174,11 +174,6 @@ def first_factor(norm: float, gradient_norm: float, is_a: bool) -> float:
     return (A_RATE if is_a else 1.0) / max(norm, gradient_norm)
 
 
-def norm_of(gradient: Tensor) -> float:
-    """The norm, read back from the device."""
-    return norms([gradient])[0]
-
-
 def norms(gradients: Sequence[Tensor]) -> list[float]:
     """Norms, read back from the device at once; needed until a pair's is known."""
     found = [0.0] * len(gradients)

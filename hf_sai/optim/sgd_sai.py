@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from .base import check_writer
 from .checks import from_text, refuse_unknown
 from .gsnr import GradientMoments
-from .lora_pairs import bounded_pairs, check_pairs, first_factor, norm_of
+from .lora_pairs import bounded_pairs, check_pairs, first_factor
 from .scales import SHARED, MeasuredScales
 from .sgd_batch import Batch, next_coefficients
 from .sgd_options import FROM_TEXT, STATE_DTYPES, check_options, dtype_name
@@ -383,16 +383,17 @@ class SGDSaI(MeasuredScales):
             )
         return bounded_pairs(list(zip(group["params"][::2], group["params"][1::2], strict=True)), self.state)
 
-    def _moved_norm(self, group_index: int, index: int, moments: GradientMoments) -> float:
+    def _moved_norms(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> list[float]:
         """Of a LoRA factor that is trained as one of a pair: its gradient's, bounded."""
-        group = self.param_groups[group_index]
-        if not group["paired"]:
-            return moments.norm
-        param, other = group["params"][index], group["params"][index ^ 1]
-        norm = self.state[param]["pair_norm"]
-        if not norm:
-            norm = max(moments.norm, norm_of(other.grad) if other.grad is not None else 0.0)
-        return moments.norm * first_factor(norm, moments.norm, is_a=index % 2 == 0)
+        found = super()._moved_norms(unsettled, moments)
+        known = {param: norm for (*_, param), norm in zip(unsettled, found, strict=True)}
+        for at, (group_index, index, param) in enumerate(unsettled):
+            group = self.param_groups[group_index]
+            if group["paired"]:
+                other = known.get(group["params"][index ^ 1], 0.0)  # settled ones have the norm of their pair
+                norm = self.state[param]["pair_norm"] or max(known[param], other)
+                found[at] *= first_factor(norm, known[param], is_a=index % 2 == 0) if norm else 0.0
+        return found
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
