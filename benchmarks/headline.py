@@ -14,8 +14,8 @@ from typing import Any
 
 from common import RESULTS, command, machine, markdown_table, write_results
 
-from hf_sai.memory import memory_rows, meta_model
-from hf_sai.optim import route_parameters
+from hf_sai.memory import memory_rows
+from hf_sai.model_shapes import named_shapes
 from hf_sai.optim.routing import ADAM
 
 
@@ -37,12 +37,11 @@ def load(name: str) -> dict[str, Any]:
 
 def state_of_llama() -> Cells:
     """GiB; SGD-SaI's ports and Muon keep one number per element of what they update, AdamW two."""
-    model = meta_model("llama-2-7b")
+    model = named_shapes("llama-2-7b")
     state = {row.optimizer: row.state for row in memory_rows(model, ["adamw", "sgd_sai", "swan"])}
-    routes = route_parameters(model)
-    muon = sum(route.param.numel() * (8 if route.route == ADAM else 4) for route in routes)
+    muon = sum(row.count * row.numel * (8 if row.route == ADAM else 4) for row in model.trained)
     per_element = load("optimizer_step_cpu")["models"]["GPT-2 small"]["optimizers"]
-    numel = sum(param.numel() for param in model.parameters())
+    numel = model.parameters
     ports = {
         name: numel * 4 * round(per_element[name]["state"] / per_element["SGD-SaI"]["state"])
         for name in (THEIRS, PORT)

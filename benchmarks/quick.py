@@ -25,7 +25,8 @@ import torch
 from common import command, device_name, machine, markdown_table, write_results
 from lm_pretraining import train
 
-from hf_sai.memory import memory_rows, meta_model
+from hf_sai.memory import memory_rows
+from hf_sai.model_shapes import named_shapes
 
 
 TOLERANCE = 0.15
@@ -60,7 +61,7 @@ def memory_ratios() -> dict[str, float]:
     """State to AdamW's on a model of each paper."""
     found = {}
     for model in ("gpt2-xl", "llama-2-7b"):
-        rows = {row.optimizer: row for row in memory_rows(meta_model(model), ["adamw", "sgd_sai", "swan"])}
+        rows = {row.optimizer: row for row in memory_rows(named_shapes(model), ["adamw", "sgd_sai", "swan"])}
         for name, label in (("sgd_sai", "SGD-SaI"), ("swan", "SWAN")):
             found[f"state, {model}: {label} to AdamW"] = rows[name].state / rows["adamw"].state
     return found

@@ -92,18 +92,13 @@ def main() -> None:
         where = {"xytext": (-6 if left else 6, below), "ha": "right" if left else "left"}
         price.annotate(label, place, textcoords="offset points", fontsize=9, **where)
     price.plot(1.0, loss["Muon + AdamW"], "k^")
-    price.annotate(
-        "Muon + AdamW",
-        (1.0, loss["Muon + AdamW"]),
-        xytext=(-8, -4),
-        ha="right",
-        textcoords="offset points",
-        fontsize=9,
-    )
+    where = {"xytext": (-8, -4), "ha": "right"}
+    price.set_xlim(left=-0.6)
+    price.annotate("Muon + AdamW", (1.0, loss["Muon + AdamW"]), textcoords="offset points", fontsize=9, **where)
     for name, text in (("SWAN, svd", "svd"), ("AdamW", "AdamW")):
         price.axhline(loss[name], color="#888888", lw=1, ls="--")
         price.annotate(
-            text, (0.99, loss[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+            text, (0.6, loss[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
         )
     spectrum.set_xscale("log")
     spectrum.set_xlabel("singular value of the normalised gradient, as a share of the largest")

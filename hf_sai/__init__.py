@@ -18,9 +18,10 @@ __version__ = "0.1.0"
 _NAMES = {
     ".callback": "GSNRCallback",
     ".config": "SaIConfig",
-    ".integration": "create_optimizer optimizer_cls_and_kwargs param_groups register unregister",
+    ".integration": "create_optimizer optimizer_cls_and_kwargs param_groups",
     ".live": "OptimizerMismatchError assert_optimizer",
     ".optim": "OptionError SGDSaI SGDSaILayerwise SWAN SWANLayerwise convert_lr measure_gsnr optimizer_state_bytes",
+    ".registration": "register unregister",
     ".report": "GSNRReport",
     ".trainer": "SaITrainer SaITrainerMixin make_trainer",
 }
@@ -33,8 +34,6 @@ if TYPE_CHECKING:  # the same for a type checker or an editor, which runs nothin
     from .integration import create_optimizer as create_optimizer
     from .integration import optimizer_cls_and_kwargs as optimizer_cls_and_kwargs
     from .integration import param_groups as param_groups
-    from .integration import register as register
-    from .integration import unregister as unregister
     from .live import OptimizerMismatchError as OptimizerMismatchError
     from .live import assert_optimizer as assert_optimizer
     from .optim import SWAN as SWAN
@@ -45,6 +44,8 @@ if TYPE_CHECKING:  # the same for a type checker or an editor, which runs nothin
     from .optim import convert_lr as convert_lr
     from .optim import measure_gsnr as measure_gsnr
     from .optim import optimizer_state_bytes as optimizer_state_bytes
+    from .registration import register as register
+    from .registration import unregister as unregister
     from .report import GSNRReport as GSNRReport
     from .trainer import SaITrainer as SaITrainer
     from .trainer import SaITrainerMixin as SaITrainerMixin
@@ -65,6 +66,6 @@ if importlib.util.find_spec("transformers") is not None:
     from trainer_patches import UnsupportedHostError
 
     try:
-        importlib.import_module(".integration", __name__).register()
+        importlib.import_module(".registration", __name__).register()
     except (UnsupportedHostError, ValueError) as error:  # hf_sai.optim works all the same; register() raises this
         warnings.warn(str(error), stacklevel=2)

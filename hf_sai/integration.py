@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import os
@@ -14,12 +13,11 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-import trainer_patches
 from trainer_patches.compat import decay_parameter_names, settings_of_own_groups, target_module_matches
 from trainer_patches.optim_names import parse_optim_args
 
 from .deepspeed_config import check_config, deepspeed_config, is_left_out
-from .live import begin_training, end_training, splitting_mode, under_ddp
+from .live import splitting_mode, under_ddp
 from .optim.decay import decaying
 from .optim.names import plain_name, unwrapped
 from .optim.registry import (
@@ -29,7 +27,6 @@ from .optim.registry import (
     list_records,
     parse_options,
     split_routing,
-    watch_records,
 )
 from .report import GSNRReport
 
@@ -49,42 +46,6 @@ def decaying_names(model: nn.Module) -> set[str]:
 
 
 _decay_rule: ContextVar[Callable[[nn.Module], Iterable[str]]] = ContextVar("decay_rule", default=decaying_names)
-
-
-def register() -> None:
-    """
-    Makes the names of [`list_records`] valid for `TrainingArguments(optim=...)`; done by `import hf_sai`.
-
-    Every Trainer then checks, before the first step, that our optimizer runs where it was asked for, and that it was
-    made for the model that is trained.
-
-    Idempotent. transformers is not imported by it; the names appear when it is.
-
-    Raises:
-        `trainer_patches.UnsupportedHostError`: The installed transformers is not one that this works with.
-    """
-    for record in list_records():
-        _on_record(record, True)
-    watch_records(_on_record)
-    trainer_patches.check_deepspeed(__name__, _check_deepspeed)
-    trainer_patches.watch_trainings(begin_training, lambda trainer: end_training(getattr(trainer, "optimizer", None)))
-
-
-def unregister() -> None:
-    """Undoes [`register`]: the host's enum, table, parser and trainings are as they were."""
-    trainer_patches.unwatch_trainings()
-    trainer_patches.remove_deepspeed_check(__name__)
-    watch_records(_on_record, watching=False)
-    for record in list_records():
-        _on_record(record, False)
-
-
-def _on_record(record: OptimizerRecord, there: bool) -> None:
-    """Adds a record to the host's choices, or takes it out of them."""
-    if there:
-        trainer_patches.add_optimizer(record.name, functools.partial(_handle, record))
-    else:
-        trainer_patches.remove_optimizer(record.name)
 
 
 def optimizer_cls_and_kwargs(
@@ -262,8 +223,9 @@ def decay_rule(rule: Callable[[nn.Module], Iterable[str]]) -> Iterator[None]:
         _decay_rule.reset(token)
 
 
-def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Handler for the host's table: `OptimizerContext` in, class and keyword arguments out."""
+def handle(name: str, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
+    """What the host's table does for a name of ours: `OptimizerContext` in, class and keyword arguments out."""
+    record = get_record(name)
     args = context.args
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     kwargs |= {name: _HOST_SETTINGS[name](args) for name in record.host_settings}
@@ -291,7 +253,7 @@ def _handle(record: OptimizerRecord, context: Any) -> tuple[type[Optimizer], dic
     return record.cls, kwargs
 
 
-def _check_deepspeed(args: Any, config: dict[str, Any]) -> None:
+def check_deepspeed(args: Any, config: dict[str, Any]) -> None:
     """Before a Trainer under DeepSpeed makes its optimizer, ours or that of the configuration."""
     name = str(getattr(args.optim, "value", args.optim))
     if name in {record.name for record in list_records()}:

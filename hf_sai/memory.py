@@ -1,41 +1,47 @@
 """
-What a training needs in memory beside its activations, by optimizer, computed without allocating any of it.
+What a training needs in memory, by optimizer, computed from shapes: nothing is allocated.
 
-The state is not estimated: the optimizers themselves make it, on the meta device, where tensors have shapes and no
-bytes.
+What the optimizers of torch and of the hosts keep is written down here per tensor, and tests hold it to the byte
+against the optimizers themselves; ours, and any that a record adds, are asked.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .optim import OptimizerRecord, OptionError, list_records, optimizer_state_bytes
+from .model_shapes import ModelShapes, Tensors, Training, llama_shapes
 from .optim.base import NamedOptimizer
+from .optim.registry import OptimizerRecord, OptionError, list_records
+from .optim.tensors import optimizer_state_bytes
 
 
 # bitsandbytes since 0.45: blocks of 256 elements with a float32 maximum each, smaller tensors in 32 bits, and two
 # tables of 256 float32 numbers that all tensors share.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST_NUMEL, EIGHT_BIT_TABLES = 256, 4096, 2 * 256 * 4
+ZERO_STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class MemoryRow:
     """
-    Bytes of one optimizer's training.
+    Bytes of one optimizer's training, on each device.
 
     Args:
-        optimizer (`str`): One of [`OPTIMIZERS`].
+        optimizer (`str`): One of [`all_kinds`].
         weights (`int`): Parameters and buffers of the model.
         gradients (`int`): Of all that trains; of the largest tensor alone where updates are layer-wise.
         state (`int`): The tensors that the optimizer keeps.
         extra (`int`): The most that an update needs on top, for a while.
-        made (`bool`): Whether the optimizer itself made the state; otherwise its documented layout was computed.
+        activations (`int` or `None`): What a forward pass leaves for the backward pass; `None` where not counted.
+        checked (`bool`): Whether tests hold `state` against the optimizer itself; otherwise it is its documented
+            layout.
+        layerwise (`bool`, *optional*, defaults to `False`): Whether updates are made inside the backward pass.
     """
 
     optimizer: str
@@ -43,154 +49,135 @@ class MemoryRow:
     gradients: int
     state: int
     extra: int
-    made: bool
+    activations: int | None
+    checked: bool
+    layerwise: bool = False
 
     @property
     def total(self) -> int:
-        """All of them: what has to fit beside the activations."""
+        """What an update needs: all but the activations, which are gone by then."""
         return self.weights + self.gradients + self.state + self.extra
+
+    @property
+    def peak(self) -> int:
+        """
+        The most that a step needs. Gradients are made while activations are let go, so the larger of both counts;
+        layer-wise updates are made beside the activations.
+        """
+        activations, update = self.activations or 0, self.gradients + self.extra
+        return self.weights + self.state + (activations + update if self.layerwise else max(activations, update))
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How the state and the extra memory of one optimizer are found, for a model whose tensors are on "meta"."""
+    """What one optimizer keeps of one tensor, what an update needs on top, and what it keeps besides."""
 
-    state: Callable[[nn.Module], int]
-    extra: Callable[[nn.Module], int]
+    state: Callable[[Tensors], int]
+    extra: Callable[[ModelShapes], int]
+    fixed: int = 0
     layerwise: bool = False
-    made: bool = True
+    checked: bool = True
 
 
-def memory_rows(model: nn.Module, optimizers: Sequence[str] | None = None) -> list[MemoryRow]:
+def memory_rows(
+    model: ModelShapes, optimizers: Sequence[str] | None = None, zero: int = 0, gpus: int = 1
+) -> list[MemoryRow]:
     """
     What training a model needs, one row for each optimizer.
 
     Args:
-        model (`torch.nn.Module`): On the meta device, in the dtype and with the adapter that are trained; see
-            [`meta_model`].
-        optimizers (sequence of `str`, *optional*): Of [`OPTIMIZERS`]. Defaults to all.
+        model (`ModelShapes`): From [`hf_sai.model_shapes.named_shapes`] or [`hf_sai.model_build.shapes_of`].
+        optimizers (sequence of `str`, *optional*): Of [`all_kinds`]. Defaults to all.
+        zero (`int`, *optional*, defaults to 0): Stage of ZeRO: state (1), gradients too (2), weights too (3, and FSDP)
+            are divided by the number of GPUs.
+        gpus (`int`, *optional*, defaults to 1): How many share them.
 
     Raises:
-        `OptionError`: An optimizer is not known.
-        `ValueError`: A parameter is not on the meta device, or nothing trains.
+        `ValueError`: An optimizer is not known, or nothing trains.
 
     Example:
 
     ```python
-    from hf_sai.memory import memory_rows, meta_model
+    from hf_sai.memory import memory_rows
+    from hf_sai.model_shapes import named_shapes
 
-    for row in memory_rows(meta_model("llama-2-7b")):
+    for row in memory_rows(named_shapes("llama-2-7b")):
         print(row.optimizer, row.state)
     ```
     """
-    trained = _trained(model)
-    if not trained:
+    if not model.trained:
         raise ValueError(
             "computing memory needs a parameter with requires_grad, but the model has none; unfreeze some"
         )
-    places = sorted({param.device.type for param in model.parameters()} - {"meta"})
-    if places:
-        raise ValueError(
-            f"computing memory needs the model on the meta device, but it has parameters on {', '.join(places)}; "
-            "build it under torch.device('meta')"
-        )
-    weights = _bytes([*model.parameters(), *model.buffers()])
     rows = []
     kinds = all_kinds()
     for name in kinds if optimizers is None else optimizers:
         if name not in kinds:
             raise OptionError(f"{name!r} is not an optimizer of this table; choose of: {', '.join(kinds)}")
         kind = kinds[name]
-        gradients = max(_bytes([param]) for param in trained) if kind.layerwise else _bytes(trained)
-        rows.append(MemoryRow(name, weights, gradients, kind.state(model), kind.extra(model), kind.made))
+        gradients = max(row.bytes for row in model.trained) if kind.layerwise else model.gradients
+        state = kind.fixed + sum(row.count * kind.state(row) for row in model.trained)
+        rows.append(
+            MemoryRow(
+                name,
+                _share(model.weights, gpus if zero >= 3 else 1),
+                _share(gradients, gpus if zero >= 2 else 1),
+                _share(state, gpus if zero >= 1 else 1),
+                kind.extra(model),
+                model.activations,
+                kind.checked,
+                kind.layerwise,
+            )
+        )
     return rows
 
 
-def _trained(model: nn.Module) -> list[Tensor]:
-    return [param for param in model.parameters() if param.requires_grad]
+def _share(count: int, gpus: int) -> int:
+    return -(-count // gpus)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _adamw(row: Tensors) -> int:
+    """Two moments in the parameter's dtype, and a step count in float32."""
+    return 2 * row.bytes + 4
 
 
-def _stepped(make: Callable[[list[nn.Parameter]], Any]) -> Callable[[nn.Module], int]:
-    """The state of an optimizer of torch or of a host after one step; tensors that are alike are stepped once."""
-
-    def state(model: nn.Module) -> int:
-        total = 0
-        for (shape, dtype), count in Counter((param.shape, param.dtype) for param in _trained(model)).items():
-            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-            param.grad = torch.empty_like(param)
-            optimizer = make([param])
-            optimizer.step()
-            total += count * optimizer_state_bytes(optimizer)
-        return total
-
-    return state
+def _adamw_8bit(row: Tensors) -> int:
+    """Two moments of a byte an element, with a maximum per block; those of embeddings in 32 bits, as the host sets."""
+    if row.embedding or row.numel < EIGHT_BIT_LEAST_NUMEL:
+        return 2 * 4 * row.numel
+    return 2 * (row.numel + 4 * -(-row.numel // EIGHT_BIT_BLOCK))
 
 
-def _adafactor(params: list[nn.Parameter]) -> Any:
-    """As the host's trainer makes it."""
-    from transformers.optimization import Adafactor
-
-    return Adafactor(params, lr=1e-3, scale_parameter=False, relative_step=False)
-
-
-def _ours(record: OptimizerRecord, **options: Any) -> _Kind:
-    """
-    Grouped as in a training. A [`NamedOptimizer`] makes its state for every trainable tensor in a first step without
-    gradients, others only with them.
-    """
-
-    def made(model: nn.Module) -> Any:
-        return record.cls(record.grouping(model), **{"lr": 1e-3, **options})
-
-    def state(model: nn.Module) -> int:
-        optimizer = made(model)
-        if not isinstance(optimizer, NamedOptimizer):
-            for param in _trained(model):
-                param.grad = torch.empty_like(param)
-        optimizer.step()
-        optimizer.zero_grad()
-        return optimizer_state_bytes(optimizer)
-
-    def extra(model: nn.Module) -> int:
-        optimizer = made(model)
-        return optimizer.extra_bytes() if hasattr(optimizer, "extra_bytes") else 0
-
-    return _Kind(state, extra, record.layerwise)
+def _adafactor(row: Tensors) -> int:
+    """Float32 means of rows and columns, of what has neither of every element; and the parameter's RMS."""
+    if len(row.shape) < 2:
+        return 4 * row.numel + 4
+    return 4 * (math.prod(row.shape[:-1]) + math.prod(row.shape[:-2]) * row.shape[-1]) + 4
 
 
-def _eight_bit_state(model: nn.Module) -> int:
-    """Two moments; those of embeddings in 32 bits, as the host's trainer sets it."""
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    total = EIGHT_BIT_TABLES
-    for param in _trained(model):
-        numel = param.numel()
-        in_eight = numel >= EIGHT_BIT_LEAST_NUMEL and param not in tables
-        total += 2 * (numel + 4 * -(-numel // EIGHT_BIT_BLOCK)) if in_eight else 2 * 4 * numel
-    return total
+def _one_buffer(row: Tensors) -> int:
+    """Momentum in the parameter's dtype."""
+    return row.bytes
 
 
-def _nothing(model: nn.Module) -> int:
+def _nothing(model: ModelShapes) -> int:
     """A fused update writes in place."""
     return 0
 
 
-def _adafactor_extra(model: nn.Module) -> int:
+def _adafactor_extra(model: ModelShapes) -> int:
     """
     Two float32 tensors of the largest one's size, and the one before it, which is let go late; with low precision the
     gradient and the parameter too.
     """
-    return max(param.numel() * 4 * (3 if param.dtype == torch.float32 else 5) for param in _trained(model))
+    return max(row.numel * 4 * (3 if row.dtype == "float32" else 5) for row in model.trained)
 
 
 _OF_OTHERS: dict[str, _Kind] = {
-    "adamw": _Kind(_stepped(lambda params: torch.optim.AdamW(params, foreach=False)), _nothing),
-    "adamw_8bit": _Kind(_eight_bit_state, _nothing, made=False),
-    "adafactor": _Kind(_stepped(_adafactor), _adafactor_extra),
-    "sgd": _Kind(_stepped(lambda params: torch.optim.SGD(params, momentum=0.9, foreach=False)), _nothing),
+    "adamw": _Kind(_adamw, _nothing),
+    "adamw_8bit": _Kind(_adamw_8bit, _nothing, fixed=EIGHT_BIT_TABLES, checked=False),
+    "adafactor": _Kind(_adafactor, _adafactor_extra),
+    "sgd": _Kind(_one_buffer, _nothing),
 }
 
 
@@ -204,132 +191,68 @@ def all_kinds() -> dict[str, _Kind]:
     return found
 
 
-# Of the records that were there on import; `all_kinds()` has later ones too.
-OPTIMIZERS = all_kinds()
-
-
-# ---- models without weights ----
-
-# Configuration class, model class (names of transformers) and sizes.
-_GPT2 = ("GPT2Config", "GPT2LMHeadModel")
-_LLAMA = ("LlamaConfig", "LlamaForCausalLM")
-_VIT = ("ViTConfig", "ViTForImageClassification")
-_LLAMA_3 = {
-    "vocab_size": 128256,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-}
-ARCHITECTURES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
-    "gpt2": (_GPT2, {}),
-    "gpt2-medium": (_GPT2, {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
-    "gpt2-large": (_GPT2, {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
-    "gpt2-xl": (_GPT2, {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
-    "llama-2-7b": (_LLAMA, {}),
-    "llama-3-8b": (_LLAMA, _LLAMA_3),
-    "vit-s-16": (_VIT, {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_labels": 1000}),
-    "vit-h-14": (
-        _VIT,
-        {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "num_labels": 1000,
-        },
-    ),
-}
-# GB of state in arXiv 2412.11768: SGD-SaI's, AdamW's; float32.
-PUBLISHED = {"gpt2-xl": (5.93, 11.86), "llama-2-7b": (25.15, 49.48)}
-# A LLaMA of n layers is 128 n wide; with 32 it is Llama-2-7B.
-LARGEST_LLAMA_LAYERS = 96
-
-
-def meta_model(source: str, dtype: torch.dtype = torch.float32, lora_rank: int | None = None) -> nn.Module:
+def _ours(record: OptimizerRecord, **options: Any) -> _Kind:
     """
-    A model on the meta device: shapes, and no weights.
-
-    Args:
-        source (`str`): A name of [`ARCHITECTURES`], a folder with `config.json`, that file, or a repository of the
-            Hub, of which the configuration alone is fetched.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the weights.
-        lora_rank (`int`, *optional*): Adapters of that rank on all linear layers, in the dtype that PEFT gives them,
-            and everything else frozen.
-
-    Raises:
-        `OSError`: There is no such folder or repository.
-        `ValueError`: transformers has no model for the configuration, or PEFT is not installed.
+    Asked of the optimizer itself, on the meta device. A [`NamedOptimizer`] makes its state without a step, others in a
+    first one.
     """
-    import transformers
 
-    if source in ARCHITECTURES:
-        (config_class, model_class), sizes = ARCHITECTURES[source]
-        config = getattr(transformers, config_class)(**sizes)
-    else:
-        config = transformers.AutoConfig.from_pretrained(source)
-        model_class = next(iter(config.architectures or []), "")
-        if not hasattr(transformers, model_class):
-            raise ValueError(
-                f"a configuration must name a model of transformers in 'architectures', but that of {source} says "
-                f"{model_class or 'nothing'}; add the name of the class"
-            )
-    with torch.device("meta"):
-        model = getattr(transformers, model_class)(config).to(dtype)
-    return model if lora_rank is None else _with_adapter(model, lora_rank)
+    def made(row: Tensors, count: int) -> Any:
+        dtype = getattr(torch, row.dtype)
+        params = [nn.Parameter(torch.empty(row.shape, dtype=dtype, device="meta")) for _ in range(count)]
+        routes = {"routes": [row.route] * count} if record.rows == "routes" else {}
+        return record.cls([{"params": params, **routes}], **{"lr": 1e-3, **options})
 
+    def state(row: Tensors) -> int:
+        optimizer = made(row, 1)
+        if isinstance(optimizer, NamedOptimizer):
+            for place in optimizer._params():
+                optimizer._make_state(*place)
+        else:
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.empty_like(param)
+            optimizer.step()
+        return optimizer_state_bytes(optimizer)
 
-def _with_adapter(model: nn.Module, rank: int) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ValueError("adapters need peft but it is not installed; pip install peft") from None
-    with torch.device("meta"):
-        return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    def extra(model: ModelShapes) -> int:
+        if not hasattr(record.cls, "extra_bytes"):
+            return 0
+        return max(made(row, row.count).extra_bytes() for row in model.trained)
 
-
-def llama_of(layers: int, dtype: torch.dtype = torch.float32, lora_rank: int | None = None) -> nn.Module:
-    """A LLaMA of Llama-2's proportions, on the meta device: `layers` layers, 128 times as wide."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    width = 128 * layers
-    inner = -(-width * 8 // (3 * 256)) * 256
-    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(num_attention_heads=layers, **sizes)).to(dtype)
-    return model if lora_rank is None else _with_adapter(model, lora_rank)
+    return _Kind(state, extra, layerwise=record.layerwise)
 
 
 def largest_llamas(
-    card_bytes: int, optimizers: Sequence[str], dtype: torch.dtype = torch.float32, lora_rank: int | None = None
+    card_bytes: int, optimizers: Sequence[str], training: Training | None = None, zero: int = 0, gpus: int = 1
 ) -> dict[str, tuple[int, int]]:
     """
-    The largest [`llama_of`] whose training fits a card, beside no activations.
+    The largest [`hf_sai.model_shapes.llama_shapes`] whose training fits a card, its activations included.
 
     Args:
         card_bytes (`int`): Memory of the card.
-        optimizers (sequence of `str`): Of [`OPTIMIZERS`].
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the weights.
-        lora_rank (`int`, *optional*): As in [`meta_model`].
+        optimizers (sequence of `str`): Of [`all_kinds`].
+        training (`Training`, *optional*): How it is trained; not quantised.
+        zero (`int`, *optional*, defaults to 0): As in [`memory_rows`].
+        gpus (`int`, *optional*, defaults to 1): As in [`memory_rows`].
 
     Returns:
         `dict`: Layers and number of parameters, by optimizer; `(0, 0)` where not one layer fits.
     """
-    models: dict[int, nn.Module] = {}
-
-    def total(layers: int, optimizer: str) -> int:
-        if layers not in models:
-            models[layers] = llama_of(layers, dtype, lora_rank)
-        return memory_rows(models[layers], [optimizer])[0].total
-
     found = {}
     for optimizer in optimizers:
-        fits, too_many = 0, LARGEST_LLAMA_LAYERS + 1
+        fits, too_many = 0, 1
+        while _peak_of_llama(too_many, optimizer, training, zero, gpus) <= card_bytes:
+            fits, too_many = too_many, 2 * too_many
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if total(middle, optimizer) <= card_bytes:
+            if _peak_of_llama(middle, optimizer, training, zero, gpus) <= card_bytes:
                 fits = middle
             else:
                 too_many = middle
-        found[optimizer] = (fits, sum(param.numel() for param in models[fits].parameters()) if fits else 0)
+        found[optimizer] = (fits, llama_shapes(fits, training).parameters if fits else 0)
     return found
+
+
+def _peak_of_llama(layers: int, optimizer: str, training: Training | None, zero: int, gpus: int) -> int:
+    return memory_rows(llama_shapes(layers, training), [optimizer], zero, gpus)[0].peak

@@ -7,6 +7,7 @@ signatures, optimizers that they build themselves, arguments with an __init__ of
 
 from __future__ import annotations
 
+import datetime
 import functools
 import inspect
 import logging
@@ -283,3 +284,16 @@ def test_a_schema_that_is_made_after_us_knows_the_names():
     ]
     with pytest.raises(ValueError, match="optimizer"):
         schema(optimizer="sgd_sai_")
+
+
+@pytest.mark.parametrize(("source", "known"), [("user/base", ", user/base"), (".", ""), ("", "")])
+def test_model_date_and_repository_are_facts_of_a_run(tmp_path, no_picture, source, known):
+    """The repository that the base of an adapter came from, but no folder of this machine."""
+    model = tiny_lora()
+    model.get_base_model().config.name_or_path = str(tmp_path) if source == "." else source
+    args = arguments(tmp_path, max_steps=1, hub_model_id="user/run" if known else str(tmp_path))
+    SaITrainer(model, args, train_dataset=token_blocks(4)).train()
+    run = GSNRReport.load(tmp_path).run
+    assert (run["model"], run.get("repository")) == (f"LlamaForCausalLM{known}", "user/run" if known else None)
+    assert datetime.date.fromisoformat(run["date"])
+    assert str(tmp_path) not in (tmp_path / "gsnr_report.json").read_text()

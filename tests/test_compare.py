@@ -118,6 +118,30 @@ def test_the_scatter_plot_has_a_point_per_tensor_of_both_and_marks_what_is_apart
     assert report_of([]).diff(report_of([])).plot() is not None
 
 
+def test_what_was_chosen_differently_is_noted(runs):
+    """Pairs with what that means; an option that an older report does not have counts as the default that it was."""
+    first, second = (
+        dataclasses.replace(runs[0], options={"normalize": normalize, "momentum": 0.9, "lora_policy": policy})
+        for normalize, policy in (("none", "plain"), ("rms", "paired"))
+    )
+    notes = first.diff(second).notes
+    assert notes[0].endswith(
+        "(first none, second rms): rms divides by the RMS of the first gradient times its scales (1). g-SNR is "
+        "compared here, and the learning rate of the one is not one for the other."
+    )
+    paired = (
+        "lora_policy is plain in the first run and paired in the second: pairs are trained on bounded gradients, so "
+        "that equal scales are no equal steps, and the learning rate of the one is not one for the other."
+    )
+    assert notes[1:] == [paired]
+    older = dataclasses.replace(second, options={"normalize": "rms", "momentum": 0.8})
+    assert older.diff(second).notes == [
+        "momentum is 0.8 in the first run and 0.9 in the second.",
+        paired,
+    ]
+    assert older.diff(dataclasses.replace(older, options={**older.options, "lora_policy": "plain"})).notes == []
+
+
 # ---- the command ----
 
 

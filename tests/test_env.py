@@ -20,7 +20,13 @@ from hf_sai.cli.env import PACKAGES, environment
 @pytest.fixture
 def installed(monkeypatch):
     """The metadata of another machine: versions by package, no other package is there."""
-    versions = {"torch": "2.9.1+cu128", "transformers": "5.2.0", "peft": "0.19.1", "huggingface_hub": "1.3.0"}
+    versions = {
+        "hf_sai": hf_sai.__version__,
+        "torch": "2.9.1+cu128",
+        "transformers": "5.2.0",
+        "peft": "0.19.1",
+        "huggingface_hub": "1.3.0",
+    }
 
     def version(name):
         if name not in versions:
@@ -31,8 +37,21 @@ def installed(monkeypatch):
     return versions
 
 
-def test_the_list_by_value(installed, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """NVIDIA's command of a machine with two GPUs, beside which there is no other."""
+    command = tmp_path / "nvidia-smi"
+    command.write_text("""#!/bin/sh
+[ "$1" = -L ] || exit 1
+echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'
+echo 'GPU 1: NVIDIA H100 (UUID: GPU-2)'
+echo '  MIG 1g.10gb Device 0: (UUID: MIG-1)'
+""")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_the_list_by_value(installed, monkeypatch, driver):
     monkeypatch.setattr(platform, "python_version", lambda: "3.12.4")
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
@@ -50,8 +69,13 @@ def test_the_list_by_value(installed, monkeypatch):
         "- diffusers: not installed",
         "- huggingface_hub: 1.3.0",
         "- deepspeed: not installed",
-        "- GPUs: 2",
+        "- NVIDIA GPUs: 2",
     ]
+
+
+def test_a_machine_without_the_driver_has_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment()["NVIDIA GPUs"] == "0"
 
 
 def test_versions_are_those_of_the_modules():
@@ -76,6 +100,6 @@ def test_nothing_names_the_machine_or_its_user(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     names = [line.split(": ")[0] for line in done.stdout.splitlines()]
-    assert names == [f"- {name}" for name in ("hf_sai", "python", "platform", *PACKAGES, "GPUs")]
+    assert names == [f"- {name}" for name in ("hf_sai", "python", "platform", *PACKAGES, "NVIDIA GPUs")]
     for word in (secret, "somebody", os.sep, sys.prefix):
         assert word not in done.stdout

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import hf_sai
 from hf_sai import GSNRReport, SaITrainer
 from hf_sai.cli import app
-from hf_sai.memory import memory_rows, meta_model
+from hf_sai.memory import memory_rows
+from hf_sai.model_shapes import named_shapes
 from hf_sai.optim import (
     OptimizerRecord,
     OptionError,
@@ -153,8 +154,8 @@ def test_one_record_is_a_choice_everywhere_and_goes_again(tmp_path):
         assert get_record("dummy") in list_records()
         optimizer = hf_sai.create_optimizer("dummy", tiny_llama())
         assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
-        (row,) = memory_rows(meta_model("gpt2"), ["dummy"])
-        assert row.state == 124_439_808 * 4
+        (row,) = memory_rows(named_shapes("gpt2"), ["dummy"])
+        assert (row.state, row.extra) == (124_439_808 * 4, 0)  # momentum; torch says nothing of what an update needs
         with pytest.raises(ValueError, match="SWAN loads only state that SWAN saved, but Dummy saved this one"):
             hf_sai.create_optimizer("swan", tiny_llama()).load_state_dict(optimizer.state_dict())
         with pytest.raises(OptionError, match="split_qkv, target_modules can't be set for dummy"):
@@ -231,8 +232,8 @@ def test_one_record_and_nothing_else_goes_the_whole_way(tmp_path, monkeypatch):
         listed = CliRunner().invoke(app, ["list"])
         assert listed.exit_code == 0
         assert "Dummy: of a test" in listed.stdout
-        (row,) = memory_rows(meta_model("gpt2"), ["dummy"])
-        assert row.state == 124_439_808 * 4
+        (row,) = memory_rows(named_shapes("gpt2"), ["dummy"])
+        assert (row.state, row.extra) == (124_439_808 * 4, 0)
     finally:
         unregister_record("dummy")
 

@@ -12,8 +12,8 @@ import torch
 from support.models import tiny_llama
 
 from hf_sai import SWAN, GSNRReport, SGDSaI, param_groups
-from hf_sai.optim import get_record, list_records, registry
-from hf_sai.report import ReportError, optimizer_state_bytes
+from hf_sai.optim import get_record, list_records, optimizer_state_bytes, registry
+from hf_sai.report import ReportError
 from hf_sai.report.rows import split_name
 
 

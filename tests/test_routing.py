@@ -32,6 +32,8 @@ def test_layouts_survive_as_text_and_undo_themselves(layout):
     stack = torch.arange(2 * 6 * 6 * 6.0).reshape(2, 6, 6, 6) if layout.batched else torch.randn(2, 6, 6)
     matrices = layout.matrices(stack)
     assert matrices.ndim == 3
+    count, rows, columns = layout.shape(stack.shape[1:])
+    assert matrices.shape == (2 * count, rows, columns)
     assert torch.equal(layout.tensors(matrices, stack.shape[1:]), stack)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import logging
 import sys
@@ -179,7 +180,8 @@ def test_report_and_card_ride_along_with_checkpoints_and_the_scripts_own_push(ru
     ]
     statistics = found["optimizer"].gsnr_statistics()
     assert [row.scale for row in report.tensors] == [each.scale for each in statistics]
-    assert report.run == {"measurements": 13, "world_size": 1}
+    assert {**report.run, "date": ""} == {"measurements": 13, "date": "", "world_size": 1}
+    assert datetime.date.fromisoformat(report.run["date"])
     assert report == GSNRReport.load(tmp_path / "checkpoint-4")
     assert (tmp_path / "gsnr_report.png").read_bytes() == (tmp_path / "checkpoint-4" / "gsnr_report.png").read_bytes()
     assert {"gsnr_report.json", "gsnr_report.png", "README.md", "checkpoint-4/gsnr_report.json"} <= set(pushed)

@@ -241,7 +241,7 @@ def test_card_keeps_what_the_host_wrote_and_gets_our_section_once(tmp_path):
         ),
         ("momentum=abc", r"momentum of sgd_sai must be a number but is 'abc'; write for example momentum=0.9"),
         ("momentum", r"optim_args must be name=value entries with commas between, but 'momentum'"),
-        ("normalize=mean", r"normalize of sgd_sai must be none or max but is 'mean'"),
+        ("normalize=mean", r"normalize of sgd_sai must be none, max or rms but is 'mean'"),
         ("lr=0.1", r"lr is not set through the options of sgd_sai; set learning_rate itself"),
         ("maximize=maybe", r"maximize of sgd_sai must be true or false but is 'maybe'"),
     ],

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import inspect
+import os
+import sys
 import textwrap
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from .env import env as _env
+from .env import version_of
 from .memory import memory as _memory
 from .push import push
 from .report import compare as _compare
@@ -17,40 +24,81 @@ from .run import run as _run
 
 
 class _App(typer.Typer):
-    """Runs a script when the command line is done with its options, and gone."""
+    """
+    Runs a script when the command line is done with its options, and gone. Output that can't be written (a full disk,
+    a pipe whose reader has gone) is one sentence and a status of its own.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().__call__(*args, **kwargs)
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # how the parser ends, unsaid, at a closed pipe
+                    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+                sys.stdout.flush()
         except ScriptRequest as request:
             script = request.script
+        except OSError as error:
+            _end_without_output(error)
         return launch(script)
 
 
-app = _App(
-    help="SGD-SaI and SWAN for the Hugging Face trainers.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+def _end_without_output(error: OSError) -> NoReturn:
+    """
+    Ends the process: with 2 where it compares, whose 1 means that the runs are apart, and with 1 otherwise.
+
+    Raises:
+        `SystemExit`: Always.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere, without a traceback
+    remedy = "read all of it" if error.errno == errno.EPIPE else "free space, or send it elsewhere"
+    os.write(2, f"hf-sai: the output must be written whole but: {error.strerror or error}; {remedy}\n".encode())
+    raise SystemExit(2 if sys.argv[1:2] == ["compare"] else 1)
 
 
-# Options end at the script's path: what comes after is not looked at.
-app.command(name="run", help=HELP, context_settings={"allow_interspersed_args": False})(_run)
-app.command(name="push")(push)
-app.command(name="memory")(_memory)
-app.command(name="env")(_env)
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-sai {version_of('hf_sai')}")
+        raise typer.Exit
 
 
-@app.command(name="list")
+_VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end")
+
+app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _main(version: Annotated[bool, _VERSION] = False) -> None:
+    """SGD-SaI and SWAN for the Hugging Face trainers."""
+
+
+def _with_version(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command with `--version`, as every command has it."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, version: bool = False, **kwargs: Any) -> None:
+        command(*args, **kwargs)
+
+    option = inspect.Parameter(
+        "version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _VERSION]
+    )
+    signature = inspect.signature(command, eval_str=True)
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {**get_type_hints(command, include_extras=True), "version": option.annotation}
+    return wrapped
+
+
 def list_optimizers() -> None:
     """Names of the optimizers, with their options and defaults."""
-    from ..optim.registry import list_records
+    from ..optim.facts import optimizer_table
 
-    for record in list_records():
-        typer.echo(_wrapped(f"{record.name}: {record.description}", "  "))
-        for option in record.options:
-            shown = f"  {option.name}={record.default(option.name)}  ({option.kind}) {option.help}"
+    for row in optimizer_table():
+        typer.echo(_wrapped(f"{row['name']}: {row['description']}", "  "))
+        for option in row["options"]:
+            value = option["default"]
+            default = tuple(value) if isinstance(value, list) else value
+            shown = f"  {option['name']}={default}  ({option['kind']}) {option['help']}"
             typer.echo(_wrapped(shown, "      "))
 
 
@@ -59,5 +107,14 @@ def _wrapped(text: str, indent: str) -> str:
     return textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-app.command(name="report")(_report)
-app.command(name="compare")(_compare)
+# Options end at the script's path: what comes after is not looked at.
+app.command(name="run", help=HELP, context_settings={"allow_interspersed_args": False})(_with_version(_run))
+for _name, _command in (
+    ("list", list_optimizers),
+    ("memory", _memory),
+    ("report", _report),
+    ("compare", _compare),
+    ("push", push),
+    ("env", _env),
+):
+    app.command(name=_name)(_with_version(_command))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
 
 import typer
 
@@ -19,24 +20,31 @@ def env() -> None:
 
 def environment() -> dict[str, str]:
     """
-    What a bug report says of a machine: versions and the number of GPUs. It names neither the machine nor its user: no
-    path, no environment variable, no token.
+    What a bug report says of a machine: versions and the number of NVIDIA's GPUs. It names neither the machine nor its
+    user: no path, no environment variable, no token.
 
     Returns:
         `dict[str, str]`: Value by name, in the order of a report.
     """
-    import torch
-
     return {
-        "hf_sai": _version("hf_sai"),
+        "hf_sai": version_of("hf_sai"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        **{name: _version(name) for name in PACKAGES},
-        "GPUs": str(torch.cuda.device_count()),
+        **{name: version_of(name) for name in PACKAGES},
+        "NVIDIA GPUs": str(_count_gpus()),
     }
 
 
-def _version(package: str) -> str:
+def _count_gpus() -> int:
+    """As NVIDIA's driver lists them: importing torch to ask it would take seconds."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+def version_of(package: str) -> str:
     """From the package's metadata: importing the hosts would take seconds."""
     try:
         return importlib.metadata.version(package)

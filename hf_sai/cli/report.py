@@ -7,12 +7,15 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+
+if TYPE_CHECKING:
+    from ..report import GSNRReport
 
 
 Source = Annotated[str, typer.Argument(help="gsnr_report.json, the folder that holds it, or a Hub repository")]
@@ -30,18 +33,21 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Write the page and show it in the browser")] = False,
 ) -> None:
     """The report of a run: the scale, or with SWAN the route, of every kind of tensor."""
-    from ..report import GSNRReport
     from ..report.terminal import report_view
 
     if (html or open_page) and markdown:
-        raise typer.BadParameter("--html and --markdown exclude each other; give one")
+        refuse("--html and --markdown exclude each other; give one")
+    _check_output(output, html or open_page)
+    _check_revision("--revision", revision, source)
     with _one_sentence(1):
-        loaded = GSNRReport.from_pretrained(source, revision=revision)
+        loaded = _loaded(source, revision)
         if html or open_page:
             if not Path(source).exists():  # a page that is passed on says where its report is
                 loaded = dataclasses.replace(loaded, run={**loaded.run, "repository": source})
             page = _write(output or Path(PAGE), loaded.to_html())
             if open_page:
+                import webbrowser
+
                 webbrowser.open(page.absolute().as_uri())
         elif output is not None:
             _write(output, loaded.to_markdown() if markdown else f"{loaded.to_text()}\n")
@@ -70,16 +76,17 @@ def compare(
     """
     The scales of two runs, tensor by tensor.
 
-    Exits with 0, with 1 where --fail-over is exceeded, and with 2 where the runs can't be compared.
+    Exits with 0, with 1 where --fail-over is exceeded, and with 2 where the runs can't be compared: a run can't be
+    read, or with --fail-over not one tensor has a value in both.
     """
-    from ..report import GSNRReport
     from ..report.terminal import diff_view
 
+    _check_revision("--revision", revision, first)
+    _check_revision("--other-revision", other_revision, second)
     with _one_sentence(2):
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib but it is not installed; pip install matplotlib")
-        loaded = GSNRReport.from_pretrained(first, revision=revision)
-        diff = loaded.diff(GSNRReport.from_pretrained(second, revision=other_revision))
+        diff = _loaded(first, revision, "the first run").diff(_loaded(second, other_revision, "the second run"))
         apart = [] if fail_over is None else diff.apart(fail_over)
         if plot is not None:
             from ..report.plots import diff_png
@@ -90,9 +97,59 @@ def compare(
             typer.echo(json.dumps({**diff.to_dict(), **failed}, indent=1))
         else:
             _show(diff_view(diff, fail_over))
+    if fail_over is not None and all(row.ratio is None for row in diff.rows):
+        reason = "no tensor has a value in both runs" if diff.rows else "neither run has a tensor"
+        typer.echo(
+            f"hf-sai: --fail-over {fail_over:g} needs at least one tensor to compare, but {reason}; check that both "
+            "reports are of trained runs of one model",
+            err=True,
+        )
+        raise typer.Exit(2)
     if apart:
         typer.echo(f"hf-sai: {len(apart)} of {len(diff.rows)} tensors fail --fail-over {fail_over:g}", err=True)
         raise typer.Exit(1)
+
+
+def refuse(message: str) -> NoReturn:
+    """
+    What the parser does with a wrong option, in one sentence.
+
+    Raises:
+        `typer.Exit`: With 2.
+    """
+    typer.echo(f"hf-sai: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _loaded(source: str, revision: str | None, which: str = "") -> GSNRReport:
+    """
+    A run's report.
+
+    Raises:
+        `ValueError`: It can't be read; the message names the run and what was given for it.
+    """
+    from ..report import GSNRReport
+
+    try:
+        return GSNRReport.from_pretrained(source, revision=revision)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{which} {source}: {error}".lstrip()) from None
+
+
+def _check_revision(option: str, revision: str | None, source: str) -> None:
+    """Refuses a revision that would not be used."""
+    if revision is not None and Path(source).exists():
+        refuse(
+            f"{option} is of a repository of the Hub, but {source} is a file or folder here, which has none; leave "
+            f"{option} out"
+        )
+
+
+def _check_output(output: Path | None, is_page: bool) -> None:
+    """Refuses a page under the name of a text, and a text under that of a page."""
+    if output is not None and is_page != (output.suffix.lower() in (".html", ".htm")):
+        remedy = f"write {output.stem}.html" if is_page else "add --html, or write another name"
+        refuse(f"--output {output} is {'no' if is_page else 'the'} name of a page; {remedy}")
 
 
 def _show(view: Any) -> None:
@@ -117,5 +174,7 @@ def _one_sentence(code: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # the output itself can't be written: the app says so
         typer.echo(f"hf-sai: {error}", err=True)
         raise typer.Exit(code) from None

@@ -10,12 +10,13 @@ import runpy
 import sys
 from dataclasses import dataclass
 from types import CodeType, ModuleType, TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ..optim.registry import OptionError
-from ..stand_in import Replacement, end
+
+if TYPE_CHECKING:
+    from ..stand_in import Replacement
 
 
 HELP = """
@@ -82,16 +83,25 @@ def run(
 ) -> None:
     target, *arguments = command
     try:
-        if optim is None and optim_args is not None:
-            raise OptionError(
-                f"optim_args before the script need an optimizer, but {optim_args!r} stands alone; add --optim, or "
-                "move it behind the script's path if it is the script's own"
-            )
-        replacement = None if optim is None else Replacement.of(optim, optim_args, arguments)
+        replacement = _replacement(optim, optim_args, arguments)
     except ValueError as error:
         typer.echo(f"hf-sai: {error}", err=True)
         raise typer.Exit(2) from None
     raise ScriptRequest(Script(target, arguments, module, replacement))
+
+
+def _replacement(optim: str | None, optim_args: str | None, arguments: list[str]) -> Replacement | None:
+    """What stands in for the script's AdamW; without it a script starts at once, for torch is not imported here."""
+    if optim is None:
+        if optim_args is not None:
+            raise ValueError(
+                f"optim_args before the script need an optimizer, but {optim_args!r} stands alone; add --optim, or "
+                "move it behind the script's path if it is the script's own"
+            )
+        return None
+    from ..stand_in import Replacement
+
+    return Replacement.of(optim, optim_args, arguments)
 
 
 def launch(script: Script) -> None:
@@ -150,7 +160,7 @@ def _execute_module(name: str) -> None:
     except (ImportError, ValueError) as error:
         reason = f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
     if spec is None or code is None:
-        end(f"{sys.executable}: {reason}", 1)
+        _end(f"{sys.executable}: {reason}", 1)
     sys.argv[0] = str(spec.origin)
     _execute_code(
         code,
@@ -162,12 +172,18 @@ def _execute_module(name: str) -> None:
     )
 
 
+def _end(message: str, code: int) -> NoReturn:
+    """As Python ends where it can't start a program."""
+    sys.stderr.write(f"{message}\n")
+    raise SystemExit(code)
+
+
 def _execute_file(path: str) -> None:
     try:
         with io.open_code(path) as file:
             source = file.read()
     except OSError as error:
-        end(f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2)
+        _end(f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2)
     _execute_code(compile(source, path, "exec", dont_inherit=True), __file__=path)
 
 

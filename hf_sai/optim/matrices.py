@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +45,9 @@ class Matrix:
         return (tuple(self.param.shape), self.layout, self.param.device, self.source.dtype, place, *options)
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> tuple[int, int, int]:
         """`(count, rows, columns)` of the matrices in the tensor."""
-        return _shape_of(self.layout, self.param.shape)
+        return self.layout.shape(self.param.shape)
 
     @property
     def update_dtype(self) -> torch.dtype:
@@ -63,11 +62,6 @@ class Matrix:
         """What whitening it takes for a while."""
         lean = self.update_dtype == torch.bfloat16
         return (LEAN_BYTES_PER_ELEMENT if lean else BYTES_PER_ELEMENT) * self.param.numel()
-
-
-@functools.lru_cache(maxsize=1024)
-def _shape_of(layout: Layout, shape: torch.Size) -> torch.Size:
-    return layout.matrices(torch.empty(1, *shape, device="meta")).shape
 
 
 @dataclass

@@ -10,8 +10,6 @@ A stack `[k, p, q]` is worked on as it lies: all products are of the smaller sid
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -196,11 +194,17 @@ def _orthonormal(vectors: Tensor, passes: int) -> Tensor:
     return basis
 
 
-@functools.lru_cache(maxsize=64)
+# One for each size of matrix, device and dtype. No functools.cache: torch.compile warns of it.
+_kept_probes: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+
 def _probes(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Random vectors, the same in every process and at every step."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(side, count, generator=generator).to(device=device, dtype=dtype)
+    key = (side, count, device, dtype)
+    if key not in _kept_probes:
+        generator = torch.Generator().manual_seed(0)
+        _kept_probes[key] = torch.randn(side, count, generator=generator).to(device=device, dtype=dtype)
+    return _kept_probes[key]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,19 @@ class OptimizerRecord:
     def ordinary(self) -> str:
         """The name of the variant that is not layer-wise."""
         return self.name.removesuffix(_LAYERWISE)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What can be said of it without torch, as JSON holds it: a row of [`hf_sai.optim.facts.optimizer_table`]."""
+        options = []
+        for option in self.options:
+            try:
+                default = self.default(option.name)
+            except KeyError:  # a constructor that takes it among `**kwargs` says no default
+                default = None
+            plain = list(default) if isinstance(default, tuple) else default
+            options.append({"name": option.name, "kind": option.kind, "help": option.help, "default": plain})
+        return {"name": self.name, "description": self.description, "rows": self.rows, "options": options}
 
     def spelling(self, name: str) -> str:
         """The name of an option that is given by its name or an older one; any other as it is."""

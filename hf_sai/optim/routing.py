@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
+from .facts import ADAM
 from .names import named_parameters, plain_name, unwrapped, without_adapter
 from .tensors import whole_shape
 
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 LoraPolicy = Literal["both", "b_only", "adam"]
 LORA_POLICIES = ("both", "b_only", "adam")
-ADAM = "adam"
 _NOT_TARGETED = "not in target_modules"
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -64,6 +65,13 @@ class Layout:
         words += ["transposed"] if self.transposed else []
         words += [f"in {self.parts} parts"] if self.parts > 1 else []
         return ", ".join(words)
+
+    def shape(self, shape: torch.Size) -> tuple[int, int, int]:
+        """`(count, rows, columns)` of the matrices in a tensor of that shape."""
+        leading, rows = (shape[:-2], shape[-2]) if self.batched else (shape[:0], shape[0])
+        columns = shape[-1] if self.batched else math.prod(shape[1:])
+        rows, columns = (columns, rows) if self.transposed else (rows, columns)
+        return math.prod(leading) * self.parts, rows // self.parts, columns
 
     def matrices(self, stack: Tensor) -> Tensor:
         """Tensors `[k, *shape]` as matrices `[k * count, rows, columns]`; a view where it can be."""

@@ -61,6 +61,7 @@ class ZeroPieces:
         self._now: set[Flat] = set()
         self._waiting: set[Flat] = set()
         self._measured: dict[Piece, float] = {}
+        self._weights: dict[Piece, GradientMoments] = {}
         self._places_in: dict[Flat, list[tuple[int, int, Tensor]]] = {flat: [] for flat in zero.flats}
         for place in self.inner._params():
             self.inner._make_state(*place)
@@ -99,7 +100,10 @@ class ZeroPieces:
         self.inner._look()
 
     def moments(self, views: list[Tensor]) -> list[GradientMoments]:
-        """Moments of whole gradients, as [`gradient_moments`]; one collective for all. Memory: none to speak of."""
+        """
+        Moments of whole gradients, as [`gradient_moments`], and of the parameters, which are kept; one collective for
+        all. Memory: none to speak of.
+        """
         if not views:
             return []
         pieces = [self.pieces[view] for view in views]
@@ -110,28 +114,23 @@ class ZeroPieces:
         local = torch.stack([local[:, 0], local[:, 1] * units, local[:, 2] * units.square()], dim=-1)
         norms = (local[:, 2] + local[:, 0] * local[:, 1].square()).sqrt()
         self._measured = dict(zip(pieces, norms.tolist(), strict=True))
-        return self._whole_moments(pieces, local)
-
-    def weight_moments(self, views: list[Tensor]) -> list[GradientMoments]:
-        """The same of whole parameters."""
-        if not views:
-            return []
-        return self._whole_moments(
-            [self.pieces[view] for view in views], local_moments([view.detach() for view in views])
-        )
-
-    def _whole_moments(self, pieces: list[Piece], local: Tensor) -> list[GradientMoments]:
-        """From a table of what this rank holds, those of all ranks together."""
-        local = local.to(self.zero.device())
+        weights = local_moments([view.detach() for view in views]).to(local)
+        local = torch.cat([local, weights]).to(self.zero.device())
         tables = [torch.empty_like(local) for _ in range(dist.get_world_size(self.zero.process_group))]
         dist.all_gather(tables, local, group=self.zero.process_group)
         whole = tables[0]
         for table in tables[1:]:
             whole = combine_moments(whole, table)
-        return [
+        found = [
             GradientMoments(math.prod(piece.shape), mean, deviations, torch.finfo(piece.param.dtype).eps)
-            for piece, (_, mean, deviations) in zip(pieces, whole.tolist(), strict=True)
+            for piece, (_, mean, deviations) in zip(pieces * 2, whole.tolist(), strict=True)
         ]
+        self._weights = dict(zip(pieces, found[len(pieces) :], strict=True))
+        return found[: len(pieces)]
+
+    def weight_moments(self, views: list[Tensor]) -> list[GradientMoments]:
+        """Of whole parameters, as they were when [`ZeroPieces.moments`] last looked at their gradients."""
+        return [self._weights[self.pieces[view]] for view in views]
 
     def shape(self, view: Tensor) -> tuple[int, ...]:
         """Of the whole tensor."""

@@ -1,6 +1,5 @@
 """The report of a run: what was measured or routed, as data (`gsnr_report.json`), text, picture and page."""
 
-from ..optim.tensors import optimizer_state_bytes
 from .compare import DiffRow
 from .facts import format_bytes
 from .report import HISTORY_PNG, REPORT_JSON, REPORT_PNG, GSNRReport, ReportDiff
@@ -19,6 +18,5 @@ __all__ = [
     "RouteRow",
     "TensorRow",
     "format_bytes",
-    "optimizer_state_bytes",
     "thinned",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, TypeVar
 
-from ..optim.registry import get_record, list_records
+from ..optim.facts import defaults_of
 from .data import ReportData
 from .rows import TensorRow
 from .schema import ReportError
@@ -179,10 +179,7 @@ def _other_options(first: ReportData, second: ReportData) -> list[str]:
 
 
 def _option(report: ReportData, name: str) -> Any:
-    if name in report.options or not any(record.name == report.optimizer for record in list_records()):
-        return report.options.get(name)
-    record = get_record(report.optimizer)
-    return record.default(name) if any(option.name == name for option in record.options) else None
+    return report.options[name] if name in report.options else defaults_of(report.optimizer).get(name)
 
 
 def _plain(row: DiffRow) -> dict[str, Any]:

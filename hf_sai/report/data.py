@@ -7,15 +7,16 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..optim.registry import OptimizerRecord, get_record, list_records, record_of
-from ..optim.routing import ADAM
-from ..optim.tensors import adamw_state_bytes, optimizer_state_bytes
+from ..optim.facts import ADAM, facts_of
 from . import schema
 from .rows import RouteRow, TensorRow, grouped, layers_of, median, route_row, shape_of, tensor_row
 from .schema import SCHEMA, STATUSES
 
+
+if TYPE_CHECKING:  # a report is read and shown without torch
+    from ..optim.registry import OptimizerRecord
 
 _Data = TypeVar("_Data", bound="ReportData")
 
@@ -72,6 +73,8 @@ class ReportData:
         Raises:
             `TypeError`: It is neither.
         """
+        from ..optim.tensors import adamw_state_bytes, optimizer_state_bytes
+
         record = _record_of(optimizer)
         groups = getattr(optimizer, "per_tensor", optimizer).param_groups
         peak = [float(group.get("initial_lr", group["lr"])) for group in groups]
@@ -92,8 +95,9 @@ class ReportData:
     @property
     def kind(self) -> str:
         """What the rows are, a key of [`KINDS`]: as the optimizer's record says, else what the rows can be read as."""
-        if any(record.name == self.optimizer for record in list_records()):
-            return get_record(self.optimizer).rows
+        known = facts_of(self.optimizer)
+        if known is not None:
+            return str(known["rows"])
         return "scales" if self.tensors or not self.routes else "groups"
 
     @property
@@ -235,6 +239,8 @@ class ReportData:
 
 
 def _record_of(optimizer: Any) -> OptimizerRecord:
+    from ..optim.registry import record_of
+
     record = record_of(optimizer)
     if record is not None:
         return record

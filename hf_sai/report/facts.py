@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..optim.lora_pairs import A_RATE
-from ..optim.registry import get_record
-from ..optim.routing import ADAM
+from ..optim.facts import A_RATE, ADAM, defaults_of
 from .data import ReportData
 from .quantities import FROM_ZERO, UPDATE, moved_text, quantity_of
 from .rows import RouteRow, TensorRow, format_shape
@@ -61,10 +59,8 @@ def batch(report: ReportData) -> list[Fact]:
 
 def chosen(report: ReportData) -> dict[str, Any]:
     """The options that are not the optimizer's defaults, as a report holds them."""
-    record = get_record(report.optimizer)
-    defaults = {option.name: record.default(option.name) for option in record.options}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    return {name: value for name, value in report.options.items() if name not in plain or value != plain[name]}
+    defaults = defaults_of(report.optimizer)
+    return {name: value for name, value in report.options.items() if name not in defaults or value != defaults[name]}
 
 
 def ratio_sentence(report: ReportData) -> str:

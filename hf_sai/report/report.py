@@ -7,17 +7,16 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import CommitInfo, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_whole
-from ..upload import Destination, upload
 from .compare import Comparison
 from .data import ReportData
 from .schema import ReportError, read_text
 
+
+if TYPE_CHECKING:  # a file is read and shown without torch and without the Hub's client
+    from huggingface_hub import CommitInfo
 
 REPORT_JSON = "gsnr_report.json"
 REPORT_PNG = "gsnr_report.png"
@@ -115,10 +114,13 @@ class GSNRReport(ReportData):
         """
         if Path(repo_id_or_path).exists():
             return cls.load(repo_id_or_path)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
         try:
             file = hf_hub_download(str(repo_id_or_path), REPORT_JSON, revision=revision, token=token)
         except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())  # whole: the advice on private and gated ones comes last
             raise ReportError(
                 f"a g-SNR report must be a file, a folder or a Hub repository with {REPORT_JSON}, but "
                 f"{repo_id_or_path!s} gave {type(error).__name__}: {reason}"
@@ -152,6 +154,8 @@ class GSNRReport(ReportData):
         Raises:
             `UploadError`: It did not work out.
         """
+        from ..upload import Destination, upload
+
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             files = {path.name: path for path in Path(folder).iterdir()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
-
-from ..optim.tensors import whole_shape
 from .schema import LARGEST, SMALLEST
 
+
+if TYPE_CHECKING:  # a report is read and shown without torch
+    from torch import Tensor
 
 Row = TypeVar("Row", bound="TensorRow | RouteRow")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
@@ -144,6 +144,8 @@ def tensor_row(statistics: Any, peak_learning_rate: float) -> TensorRow:
 
 def route_row(name: str, param: Tensor, route: str, reason: str) -> RouteRow:
     """From a parameter and what is to be said of it."""
+    from ..optim.tensors import whole_shape
+
     kind, layer = split_name(name)
     shape = whole_shape(param)
     return RouteRow(name, kind, layer, shape, math.prod(shape), route, reason)

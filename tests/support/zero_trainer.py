@@ -91,12 +91,12 @@ def whole_weights(trainer, stage):
     return found
 
 
-def train_and_resume(folder: Path, stage, lora, optim="sgd_sai", **changed):
+def train_and_resume(folder: Path, stage, lora, optim="sgd_sai", changed=None):
     """A run of six steps, and one resumed from the third; what rank 0 has of each."""
     from hf_sai import GSNRReport, SaIConfig, SaITrainer
 
     on_cpu()
-    config = configuration(stage)
+    config, changed = configuration(stage), changed or {}
     track = {"sai_config": SaIConfig(gsnr_track_steps=2)}
     trainer = trainer_of(SaITrainer, folder, config, lora, optim, trainer_options=track, **changed)
     trainer.train()
