@@ -291,7 +291,7 @@ def test_works_under_torch_compile():
     assert compiled.gsnr_statistics() == eager.gsnr_statistics()
 
 
-def test_a_compiled_step_has_no_graph_break_once_all_is_measured():
+def test_a_compiled_step_breaks_only_where_it_asks_for_inf_and_nan():
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -306,8 +306,8 @@ def test_a_compiled_step_has_no_graph_break_once_all_is_measured():
         if number == 0:
             step = torch.compile(optimizer.step, backend="eager")
             counters.clear()
-    assert not counters["graph_break"]
-    assert 1 <= counters["stats"]["unique_graphs"] <= 3  # torch.optim.SGD: 2, and one break
+    assert all("Tensor.item()" in reason for reason in counters["graph_break"])
+    assert 1 <= counters["stats"]["unique_graphs"] <= 6, counters["stats"]
 
 
 def test_a_grad_scaler_skips_a_step_and_all_others_are_as_without_it():

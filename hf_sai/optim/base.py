@@ -38,23 +38,24 @@ def name_writer(name: str, keys: frozenset[str] | None) -> None:
         _OURS[name] = keys
 
 
-def check_writer(name: str, state_dict: dict[str, Any]) -> None:
+def check_writer(name: str, keys: frozenset[str], state_dict: dict[str, Any]) -> None:
     """
     Checks that an optimizer of that name saved this state.
 
     Args:
         name (`str`): `"SGDSaI"` or `"SWAN"`.
+        keys (`frozenset[str]`): That its groups have, and no other's.
         state_dict (`dict`): As `load_state_dict` gets it.
 
     Raises:
         `ValueError`: Another one did; it is named where it can be told.
     """
     groups = state_dict["param_groups"]
-    foreign = [group for group in groups if not _OURS[name] <= set(group)]
+    foreign = [group for group in groups if not keys <= set(group)]
     if not foreign:
         return
     group = foreign[0]
-    writer = next((each for each, keys in (_OURS | _OTHERS).items() if keys <= set(group)), "another optimizer")
+    writer = next((each for each, its in (_OURS | _OTHERS).items() if its <= set(group)), "another optimizer")
     if "decoupled_weight_decay" in group and writer == "AdamW or Adam":
         writer = "AdamW" if group["decoupled_weight_decay"] else "Adam"
     kept = ", ".join(sorted({str(key) for values in state_dict["state"].values() for key in values})) or "nothing"
@@ -207,7 +208,9 @@ class NamedOptimizer(Optimizer):
 
     def _positions(self) -> Any:
         """Where each of the tensors that it was given stood in its group; they are not kept alive by it."""
-        return self.__dict__.setdefault("_placed", WeakIdKeyDictionary())
+        if "_placed" not in self.__dict__:
+            self.__dict__["_placed"] = WeakIdKeyDictionary()
+        return self.__dict__["_placed"]
 
     def _of_model(self, param: Tensor) -> Tensor:
         """The model's own parameter."""

@@ -22,6 +22,8 @@ from .gsnr import NORMALIZATIONS
 from .lora_pairs import PAIR_POLICIES
 
 
+# Of its groups: they tell its state from those of others.
+SAVED_KEYS = frozenset({"normalize", "gsnr_max"})
 # No float16: the buffer has the gradient's unit, of which float16 loses what is below 1e-7 or above 65504.
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -22,7 +22,7 @@ from .gsnr import GradientMoments
 from .lora_pairs import bounded_pairs, check_pairs, first_factor
 from .scales import SHARED, MeasuredScales
 from .sgd_batch import Batch, next_coefficients
-from .sgd_options import FROM_TEXT, STATE_DTYPES, check_options, dtype_name
+from .sgd_options import FROM_TEXT, SAVED_KEYS, STATE_DTYPES, check_options, dtype_name
 from .sgd_update import update
 from .stall import loses_digits, peak_rate, warn_of_stall
 from .tensors import BLOCK_NUMEL, buffer_dtype, gradient_of, is_sharded, local, low_precision
@@ -240,7 +240,7 @@ class SGDSaI(MeasuredScales):
             )
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        check_writer("SGDSaI", state_dict)
+        check_writer("SGDSaI", SAVED_KEYS, state_dict)
 
     def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         """

@@ -222,9 +222,11 @@ def _step_of_list(batch: Batch, kernel: bool, own_grads: bool = False) -> None:
         if not by_tensor:
             _call(params, grads, buffers, c.step, c.pull, c.keep, batch.found)
             return
-        if buffers:
+        if buffers and c.pull:
             with unless(batch.found, buffers):
                 _advance(params, grads, buffers, c)
+        elif buffers:  # N + (g + (keep - 1) N), by the kernel, which takes the flag
+            _call(buffers, grads, [], -1.0, c.keep - 1.0, 0.0, batch.found)
         _call(params, buffers or grads, [], c.step, c.after if buffers else c.pull, 0.0, batch.found)
         return
     with unless(batch.found, params, buffers):

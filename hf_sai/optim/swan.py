@@ -35,7 +35,7 @@ from .rounding import Rounding
 from .routing import ADAM, Route, complete_routes, layout_of
 from .sharding import sharding_of, true_everywhere
 from .sharing import differ, ranks, whiten_sharded, whiten_shared
-from .swan_options import FROM_TEXT, check_options
+from .swan_options import FROM_TEXT, SAVED_KEYS, check_options
 from .tensors import LIST_NUMEL, buffer_dtype, check_gradient, gradient_of, is_sharded, local
 from .whitening import Method, in_range, sizes
 from .zero_swan import move_pieces
@@ -172,7 +172,8 @@ class SWAN(NamedOptimizer):
         check_options(defaults)
         check_flag("share_whitening", share_whitening)
         # No option of the groups: it changes no update, and a run may go on with another number of ranks.
-        self.share_whitening = share_whitening
+        if share_whitening:
+            self.share_whitening = share_whitening
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -230,7 +231,7 @@ class SWAN(NamedOptimizer):
         return max(self.whitening_bytes(one_at_a_time), copies)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        check_writer("SWAN", state_dict)
+        check_writer("SWAN", SAVED_KEYS, state_dict)
 
     def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         """Adam's moments have at least float32, whatever the parameters have; a momentum buffer is as it is made."""

@@ -22,6 +22,8 @@ from .routing import LORA_POLICIES
 from .whitening import METHODS, check_whitening
 
 
+# Of its groups: they tell its state from those of others.
+SAVED_KEYS = frozenset({"kind", "routes"})
 KINDS = ("auto", "swan", "adam")
 
 FROM_TEXT = {
