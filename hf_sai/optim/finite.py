@@ -46,6 +46,8 @@ def find_not_finite(gradients: Sequence[Tensor]) -> Found:
         gradients (sequence of `torch.Tensor`): Dense, of any floating dtype and device. Not written.
     """
     by_place: dict[Any, list[int]] = {}
+    if all(type(gradient) is Tensor and gradient.is_cpu for gradient in gradients):  # the usual case, quickly
+        return Found({index for index, flag in enumerate(_bad_ones(gradients)) if flag}) if gradients else Found()
     for index, gradient in enumerate(gradients):
         place: Any = gradient.device_mesh if is_sharded(gradient) else gradient.device  # type: ignore[attr-defined]
         by_place.setdefault(place, []).append(index)
@@ -77,13 +79,7 @@ def _not_finite(gradients: list[Tensor]) -> Tensor:
     """`[k]` float32: 1.0 for a tensor with inf or NaN; 0.0 for one without elements."""
     device = gradients[0].device
     if is_known_at_once(device):
-        # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
-        dtypes, norms = {gradient.dtype for gradient in gradients}, torch._foreach_norm(gradients)
-        finite = torch.stack([norm.isfinite() for norm in norms]) if len(dtypes) > 1 else torch.stack(norms).isfinite()
-        if bool(finite.all()):
-            return torch.zeros(len(gradients))
-        odd = [not norm and not _all_finite(each) for norm, each in zip(finite.tolist(), gradients, strict=True)]
-        return torch.tensor(odd, dtype=torch.float32)
+        return torch.tensor(_bad_ones(gradients) or [False] * len(gradients), dtype=torch.float32)
     found = torch.zeros(len(gradients), dtype=torch.float32, device=device)
     for dtype in {gradient.dtype for gradient in gradients}:
         indices = [i for i, gradient in enumerate(gradients) if gradient.dtype == dtype and gradient.numel()]
@@ -94,6 +90,16 @@ def _not_finite(gradients: list[Tensor]) -> Tensor:
                 return bad
             found[upload(torch.tensor(indices), device)] = bad
     return found
+
+
+def _bad_ones(gradients: Sequence[Tensor]) -> list[bool]:
+    """Which gradients on the CPU have inf or NaN; an empty list where none has."""
+    # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
+    dtypes, norms = {gradient.dtype for gradient in gradients}, torch._foreach_norm(list(gradients))
+    finite = torch.stack([norm.isfinite() for norm in norms]) if len(dtypes) > 1 else torch.stack(norms).isfinite()
+    if bool(finite.all()):
+        return []
+    return [not good and not _all_finite(each) for good, each in zip(finite.tolist(), gradients, strict=True)]
 
 
 def _all_finite(gradient: Tensor) -> bool:

@@ -314,9 +314,10 @@ class SGDSaI(MeasuredScales):
     ) -> None:
         """Updates tensors of a group."""
         ready = [each for each in params if each.grad is not None and not (skipped and each in skipped)]
+        grads = [gradient_of(param) for param in ready]
         before: dict[int, dict[str, Any]] = {}
         found = self._find_not_finite(
-            [gradient_of(param) for param in ready],
+            grads,
             lambda index: self._name_in(group, ready[index]),
             lambda indices: functools.partial(self._put_back, [(ready[i], before.setdefault(i, {})) for i in indices]),
         )
@@ -348,7 +349,7 @@ class SGDSaI(MeasuredScales):
             if error is not None:
                 batch.errors.append(local(error))
             batch.params.append(local(param))
-            batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
+            batch.grads.append(paired[param] if paired and param in paired else local(grads[index]))
             batch.coefficients.append(next_coefficients(group, state, step, normalizer, starts))
         for batch in batches.values():
             update(batch, group["foreach"], group["fused"])
