@@ -46,7 +46,7 @@ def find_not_finite(gradients: Sequence[Tensor]) -> Found:
         gradients (sequence of `torch.Tensor`): Dense, of any floating dtype and device. Not written.
     """
     by_place: dict[Any, list[int]] = {}
-    if all(type(gradient) is Tensor and gradient.is_cpu for gradient in gradients):  # the usual case, quickly
+    if all(type(gradient) is Tensor and is_known_at_once(gradient.device) for gradient in gradients):
         return Found({index for index, flag in enumerate(_bad_ones(gradients)) if flag}) if gradients else Found()
     for index, gradient in enumerate(gradients):
         place: Any = gradient.device_mesh if is_sharded(gradient) else gradient.device  # type: ignore[attr-defined]
