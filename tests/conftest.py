@@ -21,7 +21,6 @@ os.environ.update(
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
         **{name: f"{_HOME}/{name.lower()}" for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")},
         "XDG_CACHE_HOME": f"{_HOME}/cache",
     }
@@ -66,14 +65,29 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_addoption(parser):
+    """Tests marked `on_device` run where `--device cuda` says; without it nothing sees a GPU."""
+    parser.addoption("--device", default="cpu", help="where tests marked on_device run: cpu, cuda, cuda:1")
+    parser.addoption("--write-cards", action="store_true", help="write the fixtures of whole cards anew")
+
+
+def pytest_configure(config):
+    """Before anything asks for CUDA, and for the processes that tests start too."""
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def device(request):
+    """What `--device` names, in tests that are marked `on_device`."""
+    assert request.node.get_closest_marker("on_device"), "mark the test on_device"
+    return request.config.getoption("--device")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """The same random numbers in every test, alone or together."""
     torch.manual_seed(0)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--write-cards", action="store_true", help="write the fixtures of whole cards anew")
 
 
 @pytest.fixture

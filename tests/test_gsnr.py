@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_sai.optim import gradient_moments, gradient_snr
+from hf_sai.optim import gradient_moments, gradient_snr, gsnr
 from hf_sai.optim.gsnr import CHUNK_NUMEL, fallback_snr
 
 
@@ -108,3 +108,29 @@ def test_gradients_are_not_written():
     before = gradient.clone()
     gradient_moments([gradient])
     assert torch.equal(gradient, before)
+
+
+def test_moments_in_rows_as_accelerators_take_them_are_those_of_the_plain_pass(monkeypatch):
+    monkeypatch.setattr(gsnr, "STACKED_NUMEL", 300)
+    monkeypatch.setattr(gsnr, "ROW_NUMEL", 64)
+    monkeypatch.setattr(gsnr, "ACCELERATOR_CHUNK_NUMEL", 256)
+    shapes = [(5,), (), (20, 15), (7, 99), (0, 3), (5,), (64, 10), (300,), (2, 301), (5,)]
+    gradients = [torch.randn(shape) * 10.0 ** (i - 4) + i for i, shape in enumerate(shapes)]
+    gradients += [gradients[6].bfloat16(), gradients[3].double(), gradients[3].t(), torch.full((1000,), 0.1)]
+    gradients += [torch.zeros(500), torch.full((700,), 1e-30), torch.tensor([1.0] * 900 + [math.inf] * 100)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gsnr, "is_accelerator", lambda device: True)
+        found = gsnr.gradient_moments(gradients)
+    for one, gradient in zip(found, gradients, strict=True):
+        values = gradient.double().flatten()
+        assert one.count == len(values)
+        if not values.isfinite().all():
+            assert not one.is_finite
+        elif len(values):
+            assert one.mean == pytest.approx(values.mean().item(), rel=1e-12)
+            deviations = (values - values.mean()).square().sum().item()
+            assert one.sum_of_squared_deviations == pytest.approx(deviations, rel=1e-12, abs=1e-70)
+    assert found[-4].is_constant
+    assert found[-4].sum_of_squared_deviations == 0.0
+    assert found[-3].is_zero
+    assert found[4].is_zero

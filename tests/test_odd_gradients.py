@@ -15,7 +15,6 @@ import hf_sai
 from hf_sai.optim import SGDSaI, SGDSaILayerwise, SWANLayerwise
 from hf_sai.optim.adam_update import AdamBatch, adam_update, new_adam_state
 from hf_sai.optim.finite import LateNews, find_not_finite
-from hf_sai.optim.sgd_update import Batch, Coefficients, update
 from hf_sai.optim.swan import SWAN
 
 
@@ -173,88 +172,71 @@ def test_large_gradients_are_finite_where_their_norm_is_not():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("momentum", [False, True])
-def test_flags_on_the_device_leave_one_tensor_alone(dtype, strided, momentum):
-    """As an accelerator has it: nothing is read back, and the update is told by a flag."""
-    shape = (8, 6)
-    torch.manual_seed(0)
-    params = [torch.randn(shape).to(dtype) for _ in range(3)]
-    params = [each.t() if strided else each for each in params]
-    grads = [torch.randn_like(each) for each in params]
-    grads[1].fill_(math.nan)
-    buffers = [torch.randn_like(each) for each in params] if momentum else []
-    flags = [torch.tensor(flag) for flag in (0.0, 1.0, 0.0)]
-    expected = [[each.clone() for each in lists] for lists in (params, buffers)]
-    coefficients = [Coefficients(0.9, 0.01, 0.1)] * 3
-
-    def batch(lists, found, indices):
-        rows = [[each[i] for i in indices] for each in (lists[0], grads, lists[1] or grads)]
-        return Batch(
-            0.1, False, False, rows[0], rows[1], rows[2] if momentum else [], coefficients[: len(indices)], found
-        )
-
-    update(batch(expected, [], [0, 2]))
-    update(batch((params, buffers), flags, [0, 1, 2]))
-    for found, wanted in zip((params, buffers), expected, strict=True):
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("strided", [False, True])
-def test_flags_on_the_device_leave_adams_state_alone(dtype, strided):
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_a_flag_on_the_device_leaves_adams_state_alone(dtype, strided, accelerator, monkeypatch):
+    monkeypatch.setattr("hf_sai.optim.adam_update.is_accelerator", lambda device: accelerator)
     torch.manual_seed(0)
     params = [torch.randn(8, 6).to(dtype) for _ in range(3)]
     params = [each.t() if strided else each for each in params]
     grads = [torch.randn_like(each) for each in params]
-    grads[1].fill_(math.inf)
     options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
-    results = []
-    for indices, flags in (([0, 2], []), ([0, 1, 2], [torch.tensor(flag) for flag in (0.0, 1.0, 0.0)])):
-        states = [new_adam_state(each) for each in params]
-        values = [each.clone() for each in params]
+
+    def updated(flag, gradients):
         batch = AdamBatch()
-        for i in indices:
-            batch.append(values[i], grads[i], states[i]["exp_avg"], states[i]["exp_avg_sq"], states[i]["step"])
-        adam_update(batch, False, flags, **options)
-        results.append((values, states))
-    for i in range(3):
-        torch.testing.assert_close(results[1][0][i], results[0][0][i], rtol=0, atol=0)
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(results[1][1][i][key], results[0][1][i][key], rtol=0, atol=0)
+        for param, grad in zip(params, gradients, strict=True):
+            state = new_adam_state(param)
+            batch.append(param.clone(), grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+        adam_update(batch, None, None if flag is None else torch.tensor(flag), **options)
+        return [*batch.params, *batch.means, *batch.squares, *batch.steps]
+
+    start = [*params, *(new_adam_state(param)[key] for key in ("exp_avg", "exp_avg_sq", "step") for param in params)]
+    bad = [grads[0], torch.full_like(grads[1], math.inf), grads[2]]
+    assert all(torch.equal(one, other) for one, other in zip(updated(1.0, bad), start, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(updated(0.0, grads), updated(None, grads), strict=True))
 
 
-def test_news_from_a_device_is_read_a_step_later_and_puts_right_what_did_not_know(monkeypatch):
-    """The host's numbers of a step that a device skipped are those of the step before."""
+@pytest.mark.parametrize("change", ["", "momentum comes", "momentum pauses", "kahan_sum"])
+def test_news_from_a_device_is_read_a_step_later_and_puts_right_what_did_not_know(change, monkeypatch):
+    """A device leaves out a step of a whole group; the host's numbers are then those of the step before."""
     real = find_not_finite
 
     def on_device(gradients):
         found = real(gradients)
         flags = torch.tensor([float(index in found.bad) for index in range(len(gradients))])
         found.tables.append((list(range(len(gradients))), flags))
-        found.on_device.update(enumerate(flags.unbind()))
+        found.on_device.update(dict.fromkeys(range(len(gradients)), flags.amax()))
         found.bad.clear()
         return found
 
+    dtype = torch.bfloat16 if change == "kahan_sum" else torch.float32
     results = []
     for late in (False, True):
-        if late:
-            monkeypatch.setattr("hf_sai.optim.base.find_not_finite", on_device)
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5))]
-        optimizer = SGDSaI(params, lr=1e-2, weight_decay=0.5)
-        for index in range(6):
-            optimizer.param_groups[0]["lr"] = 1e-2 * (6 - index)  # the folded decay hangs on the rate of each step
-            gradients = [torch.randn_like(param) for param in params]
-            if index == 3:
-                gradients[0][0, 0] = math.nan
-            step(optimizer, params, gradients)
+        params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((4, 6), (5,))]
+        optimizer = SGDSaI(params, lr=1e-2, weight_decay=0.5, kahan_sum=change == "kahan_sum")
+        with monkeypatch.context() as patch:
+            if late:
+                patch.setattr("hf_sai.optim.base.find_not_finite", on_device)
+            for index in range(7):
+                group = optimizer.param_groups[0]
+                group["lr"] = 1e-2 * (6 - index) + 1e-3  # the folded decay hangs on the rate of each step
+                if change.startswith("momentum"):
+                    group["momentum"] = 0.0 if (index < 3 if "comes" in change else 3 <= index < 5) else 0.9
+                gradients = [torch.randn_like(param) for param in params]
+                if index == 3:
+                    gradients[0][0, 0] = math.nan
+                    if not late:
+                        gradients[1][0] = math.nan  # a group shares its fate
+                step(optimizer, params, gradients)
+            optimizer.state_dict()
         results.append((params, [state_of(optimizer, param) for param in params]))
     for one, other in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
     for one, other in zip(results[0][1], results[1][1], strict=True):
-        assert one["decay"] == other["decay"]
-        assert one["decay_ratio"] == other["decay_ratio"]
+        assert one.keys() == other.keys()
+        for key in ("buffer_scale", "decay", "decay_ratio"):
+            assert one[key] == other[key], key
+        torch.testing.assert_close(one["momentum_buffer"], other["momentum_buffer"])
 
 
 def test_late_news_says_which():

@@ -462,19 +462,18 @@ def test_low_precision_parameters_are_updated_in_float32_and_rounded_once(dtype)
     (param,) = params_like((200,), dtype=dtype)
     expected = param.detach().clone()
     optimizer = SGDSaI([param], lr=0.01, weight_decay=0.1)
-    buffer = None  # m + 0.1 / scale * p
+    buffer = None  # scale * m + 0.1 * p
     kept = torch.float32 if dtype == torch.float16 else dtype  # float16 would lose small gradients
     for _ in range(4):
         gradient = (torch.randn(200) * 0.1).to(dtype)
         param.grad = gradient
         optimizer.step()
         scale = optimizer.gsnr_statistics()[0].scale
-        pull = 0.1 / scale * expected.float()
-        average = gradient.float() + pull
+        average = scale * gradient.float() + 0.1 * expected.float()
         if buffer is not None:
             average = buffer.float() * (0.9 * (1 - 0.001)) + (1 - 0.9) * average
         buffer = average.to(kept)
-        expected = (expected.float() - 0.01 * scale * average).to(dtype)
+        expected = (expected.float() - 0.01 * average).to(dtype)
         # One unit in the last place: the float32 sums may be made in another order.
         assert (param.detach() != expected).float().mean() < 0.01
         torch.testing.assert_close(param.detach(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -655,7 +654,7 @@ def test_momentum_switched_on_later_starts_with_that_gradient():
     optimizer.step()
     optimizer.param_groups[0]["momentum"] = 0.9
     param.grad = torch.randn(4)
-    folded = param.grad + 1e-2 / statistics(optimizer)["group0.0"].scale * param.detach()
+    folded = statistics(optimizer)["group0.0"].gsnr * param.grad + 1e-2 * param.detach()
     optimizer.step()
     torch.testing.assert_close(optimizer.state[param]["momentum_buffer"], folded, rtol=1e-6, atol=1e-7)
 

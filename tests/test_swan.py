@@ -355,10 +355,12 @@ def test_stochastic_rounding_moves_what_plain_rounding_loses():
     assert min(moved[True, "swan"], moved[True, "adam"]) > 0.1
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "bf16", "large bf16"])
-def test_adams_part_equals_torchs_adamw(layout, monkeypatch):
+def test_adams_part_equals_torchs_adamw(layout, accelerator, monkeypatch):
     from hf_sai.optim import adam_update
 
+    monkeypatch.setattr(adam_update, "is_accelerator", lambda device: accelerator)
     monkeypatch.setattr(adam_update, "BLOCK_NUMEL", 64)
     start = torch.randn(6, 40) if layout == "large bf16" else torch.randn(6, 4)
     start = start.bfloat16() if "bf16" in layout else start
@@ -480,3 +482,25 @@ def test_a_checkpoint_from_before_goes_on_with_its_own_whitening():
     new.load_state_dict(saved)
     assert (new.param_groups[0]["whitening"], new.param_groups[0]["ns_beta"]) == ("polar_express", None)
     assert torch.equal(stepped(new, params[1]), stepped(old, params[0]))
+
+
+def test_a_load_puts_adams_step_where_the_parameter_is():
+    """As on one GPU, where the Trainer maps checkpoints to the CPU; `meta` stands in for the GPU."""
+    groups = [("matrix", (4, 6), "swan"), ("bias", (6,), "adam")]
+
+    def made(device):
+        params = [torch.nn.Parameter(torch.randn(shape, device=device)) for _, shape, _ in groups]
+        pairs = [{"params": [(n, p)], "kind": kind} for (n, _, kind), p in zip(groups, params, strict=True)]
+        return params, SWAN(pairs, momentum=0.5)
+
+    params, optimizer = made("cpu")
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    _, other = made("meta")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = {key: value for state in other.state.values() for key, value in state.items()}
+    assert {"exp_avg", "exp_avg_sq", "momentum_buffer"} <= set(found)
+    kept = [value for state in other.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert len(kept) == 4
+    assert all(value.device.type == "meta" for value in kept)

@@ -23,7 +23,7 @@ def replaced_hub_calls(create_repo: Callable[..., Any], upload_folder: Callable[
     """
     module = importlib.import_module("transformers.trainer")
     calls = {"create_repo": create_repo, "upload_folder": upload_folder}
-    if hasattr(module, "hf_api"):  # since transformers 5.22 or so; before, the functions stand in the module
+    if hasattr(module, "hf_api"):  # since transformers 5.10.1; before, the functions stand in the module
         api = SimpleNamespace(**calls)
         calls = {"hf_api": lambda: api}
     before = {name: module.__dict__[name] for name in calls}

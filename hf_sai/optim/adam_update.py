@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .sgd_update import blocks, round_stochastically_
-from .tensors import BLOCK_NUMEL, FUSED_DEVICES
-
-
-# As BLOCK_NUMEL, on accelerators: 64 MiB for each float32 copy.
-ACCELERATOR_BLOCK_NUMEL = 1 << 24
+from .rounding import Rounding
+from .sgd_update import blocks, unless
+from .tensors import BLOCK_NUMEL, FUSED_DEVICES, LIST_NUMEL, copies, in_order, is_accelerator, sublists
 
 
 @dataclass
@@ -42,6 +39,10 @@ class AdamBatch:
         for values, tensor in zip(self._lists(), tensors, strict=True):
             values.append(tensor)
 
+    def take(self, indices: Sequence[int]) -> AdamBatch:
+        """A batch of some of the tensors."""
+        return AdamBatch(*([values[i] for i in indices] for values in self._lists()))
+
     def rows(self) -> Iterator[tuple[Tensor, ...]]:
         """Parameter, gradient, mean, square, step, one after the other."""
         return zip(*self._lists(), strict=True)
@@ -61,57 +62,77 @@ def new_adam_state(param: Tensor) -> dict[str, Tensor]:
 
 
 def adam_update(
-    batch: AdamBatch, stochastic_rounding: bool = False, found: Sequence[Tensor] = (), **options: Any
+    batch: AdamBatch, rounding: Rounding | None = None, found: Tensor | None = None, **options: Any
 ) -> None:
     """
     One step of Adam with decoupled decay (Loshchilov and Hutter, arXiv 1711.05101), in place.
 
+    What torch's fused kernel can take goes to it in one list. The rest goes through copies in the precision of its
+    moments: a block at a time on the CPU, lists of tensors elsewhere.
+
     Args:
         batch (`AdamBatch`): What to update.
-        stochastic_rounding (`bool`, *optional*, defaults to `False`): Of bf16 parameters.
-        found (sequence of `torch.Tensor`, *optional*): One float32 number per tensor, on its device; where it is not
-            0, that tensor and its state stay as they are.
+        rounding (`Rounding`, *optional*): Of low-precision parameters, if not to the nearest.
+        found (`torch.Tensor`, *optional*): A float32 number without dimensions on the tensors' device; where it is not
+            0, all tensors of the batch and their states stay as they are.
         options: Of `torch.optim.adamw.adamw`: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`, `maximize`.
     """
-    for index, flag in enumerate(found):  # torch's kernel takes one flag for all the tensors of a call
-        adam_update(
-            AdamBatch(*([values[index]] for values in batch._lists())), stochastic_rounding, **options, found_inf=flag
-        )
-    together: dict[tuple[torch.device, torch.dtype], AdamBatch] = {}
-    for param, grad, mean, square, step in batch.rows() if not found else ():
-        tensors = (param, grad, mean, square)
-        contiguous = all(tensor.is_contiguous() for tensor in tensors)  # torch's fused kernel reads memory in order
-        if contiguous and grad.dtype == param.dtype == mean.dtype and param.device.type in FUSED_DEVICES:
-            together.setdefault((param.device, param.dtype), AdamBatch()).append(*tensors, step)
-        elif grad.dtype == param.dtype == mean.dtype:
-            _call(AdamBatch([param], [grad], [mean], [square], [step]), fused=False, options=options)
+    options["found_inf"] = found
+    direct: dict[Any, AdamBatch] = {}
+    copied: dict[Any, AdamBatch] = {}
+    for row in batch.rows():
+        param, grad, mean, square, step = row
+        fuses = param.device.type in FUSED_DEVICES and in_order(param, grad, mean, square)
+        if fuses and grad.dtype == param.dtype == mean.dtype:
+            direct.setdefault((param.device, param.dtype), AdamBatch()).append(*row)
+        elif is_accelerator(param.device) and param.numel() <= LIST_NUMEL:
+            key = (param.device, param.dtype, grad.dtype, mean.dtype, mean.is_contiguous())
+            copied.setdefault(key, AdamBatch()).append(*row)
         else:
-            _low_precision(tensors, step, stochastic_rounding, options)
-    for part in together.values():
+            _in_blocks(row[:4], step, rounding, options)
+    for part in direct.values():
         _call(part, fused=True, options=options)
+    for part in copied.values():
+        for indices in sublists(part.params, LIST_NUMEL):
+            _through_copies(part.take(indices), rounding, options)
 
 
-def _low_precision(
-    tensors: Sequence[Tensor], step: Tensor, stochastic_rounding: bool, options: dict[str, Any]
-) -> None:
-    """One tensor through copies in the precision of its moments, block by block."""
+def _through_copies(batch: AdamBatch, rounding: Rounding | None, options: dict[str, Any]) -> None:
+    """A list of tensors of one device and one dtype each."""
+    dtype = batch.means[0].dtype
+    flat, params = copies(batch.params, dtype)
+    moments = [batch.means, batch.squares]
+    if not batch.means[0].is_contiguous():
+        moments = [copies(values, dtype)[1] for values in moments]
+    fused = batch.params[0].device.type in FUSED_DEVICES
+    grads = copies(batch.grads, dtype)[1]
+    _call(AdamBatch(params, grads, moments[0], moments[1], batch.steps), fused, options)
+    if moments[0] is not batch.means:
+        torch._foreach_copy_(batch.means, moments[0])
+        torch._foreach_copy_(batch.squares, moments[1])
+    if rounding is not None:
+        rounding.before(flat, batch.params[0].dtype)
+    torch._foreach_copy_(batch.params, params)
+
+
+def _in_blocks(tensors: Sequence[Tensor], step: Tensor, rounding: Rounding | None, options: dict[str, Any]) -> None:
+    """One tensor, block by block, which keeps copies small."""
     count = step.clone()
-    numel = BLOCK_NUMEL if step.device.type == "cpu" else ACCELERATOR_BLOCK_NUMEL
-    for values, grad, mean, square in blocks(tensors, numel):
+    for values, grad, mean, square in blocks(tensors, LIST_NUMEL if is_accelerator(step.device) else BLOCK_NUMEL):
         count = step.clone()
         wide = values.to(mean.dtype).contiguous()
         fused = values.device.type in FUSED_DEVICES and mean.is_contiguous() and square.is_contiguous()
         _call(AdamBatch([wide], [grad.to(mean.dtype).contiguous()], [mean], [square], [count]), fused, options)
-        if stochastic_rounding and values.dtype == torch.bfloat16:
-            round_stochastically_(wide)
+        if rounding is not None:
+            rounding.before(wide, values.dtype)
         values.copy_(wide)
     step.copy_(count)
 
 
 def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
-    found = options.get("found_inf")
-    if found is not None and not fused:
-        _call_plain_unless(found, batch, options)
+    if not fused and options["found_inf"] is not None:
+        with unless(options["found_inf"], batch.params, batch.means, batch.squares, batch.steps):
+            _call(batch, fused=False, options={**options, "found_inf": None})
         return
     adamw(
         batch.params,
@@ -125,12 +146,3 @@ def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
         amsgrad=False,
         **options,
     )
-
-
-def _call_plain_unless(found: Tensor, batch: AdamBatch, options: dict[str, Any]) -> None:
-    """What the fused kernel does with a flag, on the path that knows none."""
-    written = [*batch.params, *batch.means, *batch.squares, *batch.steps]
-    before = [tensor.clone() for tensor in written]
-    _call(batch, fused=False, options={**options, "found_inf": None})
-    for tensor, old in zip(written, before, strict=True):
-        tensor.copy_(torch.where(found > 0, old, tensor))

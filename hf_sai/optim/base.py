@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,8 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .finite import Found, LateNews, find_not_finite
+from .precision import undisturbed
+from .rounding import Rounding
 from .tensors import whole_shape
 from .zero import ZeroPieces
 from .zero_layout import ZeroLayoutError, find_zero
@@ -37,23 +38,24 @@ def name_writer(name: str, keys: frozenset[str] | None) -> None:
         _OURS[name] = keys
 
 
-def check_writer(name: str, state_dict: dict[str, Any]) -> None:
+def check_writer(name: str, keys: frozenset[str], state_dict: dict[str, Any]) -> None:
     """
     Checks that an optimizer of that name saved this state.
 
     Args:
         name (`str`): `"SGDSaI"` or `"SWAN"`.
+        keys (`frozenset[str]`): That its groups have, and no other's.
         state_dict (`dict`): As `load_state_dict` gets it.
 
     Raises:
         `ValueError`: Another one did; it is named where it can be told.
     """
     groups = state_dict["param_groups"]
-    foreign = [group for group in groups if not _OURS[name] <= set(group)]
+    foreign = [group for group in groups if not keys <= set(group)]
     if not foreign:
         return
     group = foreign[0]
-    writer = next((each for each, keys in (_OURS | _OTHERS).items() if keys <= set(group)), "another optimizer")
+    writer = next((each for each, its in (_OURS | _OTHERS).items() if its <= set(group)), "another optimizer")
     if "decoupled_weight_decay" in group and writer == "AdamW or Adam":
         writer = "AdamW" if group["decoupled_weight_decay"] else "Adam"
     kept = ", ".join(sorted({str(key) for values in state_dict["state"].values() for key in values})) or "nothing"
@@ -206,7 +208,9 @@ class NamedOptimizer(Optimizer):
 
     def _positions(self) -> Any:
         """Where each of the tensors that it was given stood in its group; they are not kept alive by it."""
-        return self.__dict__.setdefault("_placed", WeakIdKeyDictionary())
+        if "_placed" not in self.__dict__:
+            self.__dict__["_placed"] = WeakIdKeyDictionary()
+        return self.__dict__["_placed"]
 
     def _of_model(self, param: Tensor) -> Tensor:
         """The model's own parameter."""
@@ -276,7 +280,7 @@ class NamedOptimizer(Optimizer):
         self,
         gradients: Sequence[Tensor],
         name: Callable[[int], str],
-        undo: Callable[[int], Callable[[], None]] | None = None,
+        undo: Callable[[list[int]], Callable[[], None]] | None = None,
     ) -> Found:
         """
         Which gradients are to be left alone in this step; warns of them, on an accelerator in the next step.
@@ -284,14 +288,16 @@ class NamedOptimizer(Optimizer):
         Args:
             gradients (sequence of `torch.Tensor`): Of the step.
             name (callable): From index to name.
-            undo (callable, *optional*): From index to what puts right, in the next step, plain values of the state
-                that were written before it was known that a gradient on an accelerator was not finite.
+            undo (callable, *optional*): From indices of gradients on one accelerator to what puts right, in the next
+                step, plain values of their states, which were written before it was known that one is not finite.
+                May be called more than once.
         """
         found = find_not_finite(gradients)
         if found.bad:
             self._tell_not_finite([name(index) for index in sorted(found.bad)])
         for indices, flags in found.tables:
-            self._late_news.send(flags, [(name(index), undo(index) if undo else None) for index in indices])
+            put_right = undo(indices) if undo else None
+            self._late_news.send(flags, [(name(index), put_right) for index in indices])
         return found
 
     def _tell_not_finite(self, names: list[str]) -> None:
@@ -352,6 +358,19 @@ class NamedOptimizer(Optimizer):
             return len(self.state)
         return sum(bool(state.get("step", 1)) for state in inner.state.values())  # made before the first step
 
+    def _rounding(self, group: dict[str, Any]) -> Rounding | None:
+        """
+        How the next tensors of a group are rounded. A group has `step`, `stochastic_rounding` and perhaps `kahan_sum`.
+
+        The seeds of a step are the same on all ranks, which come here in the same order, and in a resumed run.
+        """
+        if not group["stochastic_rounding"]:
+            return Rounding() if group.get("kahan_sum") else None
+        step, count = self.__dict__.get("_noise", (-1, 0))
+        count = count + 1 if step == group["step"] else 0
+        self.__dict__["_noise"] = (group["step"], count)
+        return Rounding(seed=group["step"] * 2**24 + count)
+
     def _params(self) -> Iterator[tuple[int, int, Tensor]]:
         """Group index, index in the group, tensor."""
         for group_index, group in enumerate(self.param_groups):
@@ -396,49 +415,6 @@ class NamedOptimizer(Optimizer):
         new = [name for name in names if name not in known]
         known.update(new)
         return ", ".join(new[:3]) + (f" and of {len(new) - 3} more tensors" if len(new) > 3 else "")
-
-
-@contextlib.contextmanager
-def undisturbed(products: bool) -> Iterator[None]:
-    """While it is open, no autocast changes a step, and where it has float32 `products` no lower precision of them."""
-    accelerator = torch.accelerator.current_accelerator()
-    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-    with contextlib.ExitStack() as stack:
-        for device in devices:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        if products:
-            stack.callback(_exact_products())
-        yield
-
-
-def _exact_products() -> Callable[[], None]:
-    """Has float32 products computed in float32; returns what makes it as it was."""
-    if torch.compiler.is_compiling():  # which can't trace these settings
-        return lambda: None
-    modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
-    backends = [each.matmul for each in modules if _has_precision(getattr(each, "matmul", None))]
-    if not backends:  # torch before 2.9
-        general = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        return lambda: torch.set_float32_matmul_precision(general)
-    before = [each.fp32_precision for each in backends]
-    changed = [pair for pair in zip(backends, before, strict=True) if pair[1] != "ieee"]
-    for backend, _ in changed:
-        backend.fp32_precision = "ieee"
-
-    def undo() -> None:
-        for backend, precision in changed:
-            backend.fp32_precision = precision
-
-    return undo
-
-
-def _has_precision(backend: Any) -> bool:
-    try:
-        return hasattr(backend, "fp32_precision")
-    except RuntimeError:
-        return False
 
 
 def _see_what_is_loaded(optimizer: Any, state_dict: dict[str, Any]) -> None:

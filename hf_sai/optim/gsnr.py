@@ -12,19 +12,22 @@ mostly the size of the tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .tensors import is_sharded, local
+from .tensors import fetch, is_accelerator, is_sharded, local, sublists, upload
 
 
 # Elements per pass: 2 MiB in float64 stays in cache, and the sum of 2^18 equal float32 numbers is exact in float64, so
 # that a constant gradient is found to be exactly constant.
 CHUNK_NUMEL = 1 << 18
+# On accelerators a pass is two launches: 64 MiB in float64, in rows that keep every block of threads busy. Tensors up
+# to the third size are stacked with those of their size, one row each.
+ACCELERATOR_CHUNK_NUMEL, ROW_NUMEL, STACKED_NUMEL = 1 << 23, 1 << 14, 1 << 21
 
 NORMALIZATIONS = ("none", "max", "rms")
 
@@ -147,7 +150,8 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     Moments of each gradient, accumulated in float64 (float32 on devices that have no float64).
 
     Everything is computed where the gradients are and fetched once per device, so that measuring costs one
-    synchronisation, not one per tensor. Extra memory: one chunk of `CHUNK_NUMEL` elements.
+    synchronisation, not one per tensor. Extra memory: one chunk in float64, of `CHUNK_NUMEL` elements on the CPU, of
+    `ACCELERATOR_CHUNK_NUMEL` elsewhere.
 
     A DTensor counts as the whole tensor: the moments of its shards are combined over its mesh, in one collective per
     mesh dimension for all gradients together. All ranks have to call this with the same gradients.
@@ -166,17 +170,87 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
     fetched: dict[int, list[float]] = {}
     for place, indices in by_place.items():
         there = [gradients[index] for index in indices]
-        table = torch.stack([local_moments(local(gradient)) for gradient in there])
+        table = local_moments([local(gradient).detach() for gradient in there])
         if not isinstance(place, torch.device):
             table = _combine_over_mesh(table, there, place)
-        fetched.update(zip(indices, table.tolist(), strict=True))
+        fetched.update(zip(indices, fetch(table), strict=True))
     return [
         GradientMoments(gradient.numel(), fetched[index][1], fetched[index][2], torch.finfo(gradient.dtype).eps)
         for index, gradient in enumerate(gradients)
     ]
 
 
-def local_moments(gradient: Tensor) -> Tensor:
+def local_moments(gradients: Sequence[Tensor]) -> Tensor:
+    """`[len(gradients), 3]`: count, mean and sum of squared deviations of plain tensors of one device."""
+    if is_accelerator(gradients[0].device):
+        return moments_in_rows(gradients)
+    return torch.stack([_local_moments(gradient) for gradient in gradients])
+
+
+def moments_in_rows(gradients: Sequence[Tensor]) -> Tensor:
+    """
+    As `[_local_moments(gradient)]`, in few calls: variances and means of rows first, then of the tensors from those.
+
+    Args:
+        gradients (sequence of `torch.Tensor`): Plain tensors of one device.
+
+    Returns:
+        `torch.Tensor`: `[len(gradients), 3]`; zeros for an empty tensor.
+    """
+    device = gradients[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    owners: list[int] = []  # of runs of rows
+    counts: list[int] = []  # rows per run
+    lengths: list[Tensor] = []  # elements of each row
+    found: list[tuple[Tensor, ...]] = []
+    for run, rows in _rows(gradients):
+        found.append(torch.var_mean(rows.to(dtype), dim=1, correction=0))
+        lengths.append(torch.full(rows.shape[:1], rows.shape[1], dtype=dtype))
+        if len(run) == 1 and owners[-1:] == run:  # goes on
+            counts[-1] += len(rows)
+        else:
+            owners += run
+            counts += [len(rows) // len(run)] * len(run)
+    table = torch.zeros(len(gradients), 3, dtype=dtype, device=device)
+    if not found:
+        return table
+    length = upload(torch.cat(lengths), device)
+    sizes = upload(torch.tensor([gradients[owner].numel() for owner in owners], dtype=dtype), device)
+    runs = upload(torch.tensor(counts), device)
+    variances, means = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
+    mean = _sum_of_runs(means * length, runs) / sizes
+    shifts = means - mean.repeat_interleave(runs, output_size=len(means))
+    deviations = _sum_of_runs((variances + shifts.square_()) * length, runs)
+    table[upload(torch.tensor(owners), device)] = torch.stack([sizes, mean, deviations], dim=1)
+    return table
+
+
+def _rows(gradients: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Rows `[r, n]` of a chunk, and the tensors that they belong to: each to one of many, or all to one."""
+    small: dict[tuple[int, torch.dtype], list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        if 0 < gradient.numel() <= STACKED_NUMEL:
+            small.setdefault((gradient.numel(), gradient.dtype), []).append(index)
+    for indices in small.values():
+        flat = [gradients[index].reshape(-1) for index in indices]
+        for part in sublists(flat, ACCELERATOR_CHUNK_NUMEL):
+            yield [indices[i] for i in part], torch.stack([flat[i] for i in part])
+    for index, gradient in enumerate(gradients):
+        if gradient.numel() > STACKED_NUMEL:
+            flat_one = gradient.reshape(-1)
+            whole = len(flat_one) // ROW_NUMEL * ROW_NUMEL
+            for chunk in flat_one[:whole].split(ACCELERATOR_CHUNK_NUMEL):
+                yield [index], chunk.view(-1, ROW_NUMEL)
+            if whole < len(flat_one):
+                yield [index], flat_one[whole:].unsqueeze(0)
+
+
+def _sum_of_runs(values: Tensor, runs: Tensor) -> Tensor:
+    """Sums of neighbours, in their order, so that all ranks find the same; nothing is read to check `runs`."""
+    return torch.segment_reduce(values, "sum", lengths=runs, unsafe=True)
+
+
+def _local_moments(gradient: Tensor) -> Tensor:
     """`[count, mean, sum of squared deviations]` of one tensor, on its device, chunk by chunk."""
     dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
     total = torch.zeros(3, dtype=dtype, device=gradient.device)
@@ -207,6 +281,8 @@ def combine_moments(first: Tensor, second: Tensor) -> Tensor:
 
 def _combine_over_mesh(table: Tensor, gradients: Sequence[Tensor], mesh: Any) -> Tensor:
     """Rows of the whole tensors from those of the shards; a dimension over which one is replicated adds nothing."""
+    if table.device.type != mesh.device_type:  # FSDP2's CPU offload: the ranks can only talk on their devices
+        table = table.to(mesh.device_type)
     for dim in range(mesh.ndim):
         sharded = [gradient.placements[dim].is_shard() for gradient in gradients]  # type: ignore[attr-defined]
         if not any(sharded):

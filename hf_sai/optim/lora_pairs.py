@@ -17,13 +17,15 @@ them; with `u` for the norm of the first gradient of a pair (B's, where B starts
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
 from .facts import A_RATE
+from .tensors import fetch, upload
 
 
 PairPolicy = Literal["plain", "paired"]
@@ -107,20 +109,63 @@ def check_pairs(params: list[Tensor]) -> None:
         )
 
 
-def bounded(gradient: Tensor, norm: float, is_a: bool) -> Tensor:
+def bounded_pairs(
+    pairs: Sequence[tuple[Tensor, Tensor]], states: Mapping[Tensor, dict[str, Any]]
+) -> dict[Tensor, Tensor]:
     """
-    A factor's gradient over its norm, or over `norm` where that is larger; A's times `A_RATE`.
+    The gradients of LoRA's factors, bounded by the norm of each pair's first.
 
     Args:
-        gradient (`torch.Tensor`): Not written.
-        norm (`float`): Of the pair's first gradient, above 0.
-        is_a (`bool`): Whether it is A's.
+        pairs (sequence of pairs of `torch.Tensor`): A and B, with their gradients, or `None`.
+        states (mapping): Of the factors, without those that were never trained. `pair_norm` is written as soon as it
+            is known, which it is when all gradients of the pair are finite and one is not zero.
 
     Returns:
-        `torch.Tensor`: In float32 or wider. Nothing is read back from the device.
+        `dict[torch.Tensor, torch.Tensor]`: By factor. None of a pair whose gradients are all zero, or not finite.
     """
-    wide = _wide(gradient)
-    return wide * ((A_RATE if is_a else 1.0) / _norm(wide).clamp(min=norm))
+    of_pair = [[state for param in pair if (state := states.get(param))] for pair in pairs]
+    known = [max((state["pair_norm"] for state in each), default=0.0) for each in of_pair]
+    new = [(index, param.grad) for index, pair in enumerate(pairs) if not known[index] for param in pair]
+    present = [(index, grad) for index, grad in new if grad is not None]
+    measured: dict[int, list[float]] = {}
+    for (index, _), norm in zip(present, norms([grad for _, grad in present]), strict=True):
+        measured.setdefault(index, []).append(norm)
+    for index, of_factors in measured.items():
+        known[index] = max((norm for norm in of_factors if math.isfinite(norm)), default=0.0)
+        if known[index] and all(map(math.isfinite, of_factors)):  # else the pair waits; now it is bounded by itself
+            for state in of_pair[index]:
+                state["pair_norm"] = known[index]
+    rows = [
+        (param, param.grad, norm, position == 0)
+        for pair, norm in zip(pairs, known, strict=True)
+        for position, param in enumerate(pair)
+        if norm and param.grad is not None
+    ]
+    return dict(zip([row[0] for row in rows], bounded([row[1:] for row in rows]), strict=True))
+
+
+def bounded(rows: Sequence[tuple[Tensor, float, bool]]) -> list[Tensor]:
+    """
+    Factors' gradients over their norms, or over the pair's norm where that is larger; A's times `A_RATE`.
+
+    Gradients of one shape are taken together, in a few calls. Nothing is read back from the device.
+
+    Args:
+        rows (sequence of tuples): A gradient, which is not written; the norm of its pair's first one, above 0; and
+            whether it is A's.
+
+    Returns:
+        `list[torch.Tensor]`: In float32 or wider.
+    """
+    found: list[Tensor] = [grad for grad, *_ in rows]
+    for indices, stack in _stacks(found):
+        numbers = [[rows[i][1] for i in indices], [A_RATE if rows[i][2] else 1.0 for i in indices]]
+        least, rate = upload(torch.tensor(numbers, dtype=_sum_dtype(stack)), stack.device)
+        factor = (rate / torch.maximum(_row_norms(stack), least)).to(stack.dtype)
+        stack *= factor.view(-1, *[1] * (stack.ndim - 1))
+        for index, part in zip(indices, stack.unbind(0), strict=True):
+            found[index] = part
+    return found
 
 
 def first_factor(norm: float, gradient_norm: float, is_a: bool) -> float:
@@ -128,15 +173,34 @@ def first_factor(norm: float, gradient_norm: float, is_a: bool) -> float:
     return (A_RATE if is_a else 1.0) / max(norm, gradient_norm)
 
 
-def norm_of(gradient: Tensor) -> float:
-    """The norm, read back from the device; needed until a pair's is known."""
-    return _norm(gradient).item()
+def norms(gradients: Sequence[Tensor]) -> list[float]:
+    """Norms, read back from the device at once; needed until a pair's is known."""
+    found = [0.0] * len(gradients)
+    by_device: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
+    for indices, stack in _stacks(gradients):
+        by_device.setdefault(stack.device, []).append((indices, _row_norms(stack)))
+    for parts in by_device.values():
+        values = fetch(torch.cat([part for _, part in parts]))
+        for index, value in zip([i for indices, _ in parts for i in indices], values, strict=True):
+            found[index] = value
+    return found
 
 
-def _norm(gradient: Tensor) -> Tensor:
-    """In float64, where float32 would overflow at 1e19; on devices that have none, in float32."""
-    return _wide(gradient).norm(dtype=torch.float32 if gradient.device.type == "mps" else torch.float64)
+def _stacks(gradients: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Gradients of one shape, dtype and device, copied to float32 or wider; which they are, and the stack."""
+    alike: dict[Any, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        alike.setdefault((gradient.shape, gradient.dtype, gradient.device), []).append(index)
+    for indices in alike.values():
+        first = gradients[indices[0]]
+        stack = torch.stack([gradients[i] for i in indices])
+        yield indices, stack.to(torch.promote_types(first.dtype, torch.float32))
 
 
-def _wide(gradient: Tensor) -> Tensor:
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+def _row_norms(stack: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(stack.flatten(1), dim=1, dtype=_sum_dtype(stack))
+
+
+def _sum_dtype(stack: Tensor) -> torch.dtype:
+    """float64, since float32 would overflow at 1e19; float32 on devices that have no other."""
+    return torch.float32 if stack.device.type == "mps" else torch.float64

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rounding import Rounding
 from .routing import Layout
-from .sgd_update import round_stochastically_
 from .sharding import sharding_of
 from .tensors import is_sharded, local
 from .whitening import IN_DTYPE, SMALL_SIDE, factors_to, in_range, normalized, whitened
@@ -33,6 +33,7 @@ class Matrix:
     param: Tensor
     source: Tensor
     layout: Layout
+    rounding: Rounding | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -235,8 +236,9 @@ def _move(matrices: list[Matrix], updates: Sequence[Tensor], factors: Tensor, fi
         kept = 1.0 if finite is None else finite.view(-1, *[1] * (wide.ndim - 1)).to(wide.dtype)
         wide.mul_(1.0 - decay * kept)
     wide.add_(_scaled(updates, factors), alpha=rate)
-    if group["stochastic_rounding"] and dtype == torch.bfloat16:
-        round_stochastically_(wide)
+    rounding = matrices[0].rounding
+    if rounding is not None:
+        rounding.before(wide, dtype)
     torch._foreach_copy_(params, list(wide.unbind(0)))
 
 

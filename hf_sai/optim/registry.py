@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
+from . import sgd_options, swan_options
 from .base import name_writer
 from .checks import one_of, or_none, to_bool, to_float, to_int, to_pair, to_source
 from .groups import Group, plain_groups, sgd_sai_groups, swan_groups, swan_groups_of
@@ -20,7 +21,7 @@ from .layerwise import SGDSaILayerwise, SWANLayerwise
 from .lora_pairs import PAIR_POLICIES
 from .matrices import WHITENING_DTYPES
 from .routing import LORA_POLICIES
-from .sgd_sai import STATE_DTYPES, SGDSaI
+from .sgd_sai import SGDSaI
 from .swan import SWAN
 from .whitening import METHODS
 
@@ -155,10 +156,11 @@ _SGD_SAI = OptimizerRecord(
         Option(
             "state_dtype",
             "float32, bfloat16 or none",
-            or_none(one_of(*STATE_DTYPES)),
+            or_none(one_of(*sgd_options.STATE_DTYPES)),
             "of the momentum buffer",
         ),
         Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
+        Option("kahan_sum", "true or false", to_bool, "keep what rounding of bf16 and fp16 parameters loses"),
         Option("gsnr", "a report: file, folder or Hub repository", to_source, "take scales, measure nothing"),
         Option("lora_policy", " or ".join(PAIR_POLICIES), one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
     ),
@@ -168,7 +170,7 @@ _SGD_SAI = OptimizerRecord(
         "with normalize=max, multiply by the largest g-SNR in the report; with normalize=rms, start at AdamW's"
     ),
     grouping=sgd_sai_groups,
-    saved_keys=frozenset({"normalize", "gsnr_max"}),
+    saved_keys=sgd_options.SAVED_KEYS,
     rows="scales",
 )
 
@@ -207,7 +209,7 @@ _SWAN = OptimizerRecord(
     regroup=swan_groups_of,
     host_settings=("betas", "eps", "share_whitening"),  # the first two of the tensors that go to Adam
     adam_rates=True,
-    saved_keys=frozenset({"kind", "routes"}),
+    saved_keys=swan_options.SAVED_KEYS,
     rows="routes",
 )
 

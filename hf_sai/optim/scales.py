@@ -289,15 +289,15 @@ class MeasuredScales(NamedOptimizer):
     def _rms_of_scaled(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> float:
         """RMS over all elements of the informative gradients of this step, each times its g-SNR; 0 where none is."""
         squares, count = 0.0, 0
-        for (group_index, index, param), moment in zip(unsettled, moments, strict=True):
+        for (*_, param), moment, norm in zip(unsettled, moments, self._moved_norms(unsettled, moments), strict=True):
             if moment.is_finite and not moment.is_zero:
-                squares += (self.state[param]["gsnr"] * self._moved_norm(group_index, index, moment)) ** 2
+                squares += (self.state[param]["gsnr"] * norm) ** 2
                 count += moment.count
         return math.sqrt(squares / count) if count else 0.0
 
-    def _moved_norm(self, group_index: int, index: int, moments: GradientMoments) -> float:
-        """The norm of what a tensor is moved by, before learning rate and scale: its gradient."""
-        return moments.norm
+    def _moved_norms(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> list[float]:
+        """The norms of what tensors are moved by, before learning rate and scale: their gradients; 0 if not finite."""
+        return [moment.norm if moment.is_finite else 0.0 for moment in moments]
 
     def _normalizer(self) -> float:
         """What g-SNR is divided by to give the scale."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,34 +17,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import check_writer
-from .checks import (
-    check_choice,
-    check_flag,
-    check_number,
-    check_share,
-    check_whole,
-    from_text,
-    one_of,
-    or_none,
-    refuse_unknown,
-    to_bool,
-    to_float,
-    to_int,
-)
-from .gsnr import NORMALIZATIONS, GradientMoments
-from .lora_pairs import PAIR_POLICIES, bounded, check_pairs, first_factor, norm_of
+from .checks import from_text, refuse_unknown
+from .gsnr import GradientMoments
+from .lora_pairs import bounded_pairs, check_pairs, first_factor
 from .scales import SHARED, MeasuredScales
-from .sgd_update import Batch, next_coefficients, update
-from .tensors import BLOCK_NUMEL, buffer_dtype, gradient_of, is_sharded, local
+from .sgd_batch import Batch, next_coefficients
+from .sgd_options import FROM_TEXT, SAVED_KEYS, STATE_DTYPES, check_options, dtype_name
+from .sgd_update import update
+from .stall import loses_digits, peak_rate, warn_of_stall
+from .tensors import BLOCK_NUMEL, buffer_dtype, gradient_of, is_sharded, local, low_precision
 from .zero_layout import ZeroLayoutError
-
-
-logger = logging.getLogger(__name__)
-
-# No float16: the buffer has the gradient's unit, of which float16 loses what is below 1e-7 or above 65504.
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A bf16 number has 8 bits of mantissa: a change below half of 2^-8 of it is rounded away.
-BF16_RESOLUTION = 2.0**-8
 
 
 class SGDSaI(MeasuredScales):
@@ -63,21 +44,23 @@ class SGDSaI(MeasuredScales):
 
     A gradient is informative if it is finite and not all zero. Until a tensor has had one it is *pending*: a zero
     gradient changes nothing but the decay. A gradient with inf or NaN leaves that tensor and its state as they are, at
-    any step, with one warning (on an accelerator in the next step). So LoRA's `A`, whose gradient is zero at step 1
-    because `B` is zero, is measured at the first step after `B` moved and trains; the published implementations freeze
-    it. A tensor of one element, or whose gradient is constant to the precision of its dtype, has no standard
-    deviation: its g-SNR is `sqrt(n)`, marked as fallback, and it never sets the maximum. (While nothing but fallbacks
-    was seen, the largest of them divides under `"max"`.)
+    any step, with one warning. On an accelerator, where the host does not wait to be told, the tensors of a group
+    share a call and so its fate: none of them moves in that step, and the warning comes in the next one. LoRA's `A`,
+    whose gradient is zero at step 1 because `B` is zero, is measured at the first step after `B` moved and trains; the
+    published implementations freeze it. A tensor of one element, or whose gradient is constant to the precision of its
+    dtype, has no standard deviation: its g-SNR is `sqrt(n)`, marked as fallback, and it never sets the maximum. (While
+    nothing but fallbacks was seen, the largest of them divides under `"max"`.)
 
     A learning rate means nothing without `normalize`: the two variants differ by the largest g-SNR of the model, some
     500 times on a tiny GPT-2 and 6,000 times on GPT-2.
 
     State per tensor: `gsnr` (float), `gsnr_step` and `gsnr_count` (int), `gsnr_fallback` and `gsnr_given` (bool);
     `gradient_norm` and `weight_rms` (float) as they were at the first informative gradient, for the report; and where
-    `momentum` is not 0 `momentum_buffer` (parameter's shape), `decay_ratio` and `decay` (float): half of AdamW's. The
-    buffer holds `m_t + weight_decay / scale * theta_{t-1}`, by which decoupled decay needs no pass over memory of its
-    own (derived in `hf_sai/optim/sgd_update.py`); so it belongs to the parameters it was saved with. State is made for
-    every trainable tensor in the first `step()`, so that its keys depend neither on which gradients came nor on
+    `momentum` is not 0 `momentum_buffer` (parameter's shape), `buffer_scale`, `decay_ratio` and `decay` (float): half
+    of AdamW's. The buffer holds `g_snr * m_t` and a multiple of `theta_{t-1}`, by which a group is updated by one call
+    and decoupled decay needs no pass over memory of its own (derived in `hf_sai/optim/sgd_batch.py`); so it belongs to
+    the parameters it was saved with. With `kahan_sum` `rounding_error` (parameter's shape and dtype). State is made
+    for every trainable tensor in the first `step()`, so that its keys depend neither on which gradients came nor on
     parameters that a sharding library replaces after construction. `state_dict()` holds plain values and tensors only.
 
     In a group with `paired=True`, which `hf_sai.param_groups(model, "sgd_sai", lora_policy="paired")` makes, the
@@ -94,7 +77,7 @@ class SGDSaI(MeasuredScales):
             What to optimize. Names appear in warnings and in [`~SGDSaI.gsnr_statistics`].
         lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-2):
             Learning rate, before `scale`. A tensor without dimensions on the parameters' device is not read back, so
-            that steps after the measuring ones can be captured in a CUDA graph; these take the plain path.
+            that steps after the measuring ones can be captured in a CUDA graph.
         momentum (`float`, *optional*, defaults to 0.9):
             Decay of the momentum buffer, in [0, 1). 0 keeps no buffer; one that is there waits, as torch's SGD has it.
         weight_decay (`float`, *optional*, defaults to 1e-2):
@@ -113,16 +96,20 @@ class SGDSaI(MeasuredScales):
         foreach (`bool`, *optional*):
             Whether to update lists of tensors at once. `None`: for small tensors on accelerators.
         fused (`bool`, *optional*):
-            Whether to touch memory once per element. `None`: with torch's ready-made kernel, on CPU and for large
-            tensors on CUDA, in float32 and float64. `True`: compiles a kernel for low precision too, which takes 10 to
-            20 s in the second step; where that can't be done, one warning, and the plain path. The result is the same
-            up to rounding.
+            Whether to touch memory once per element. `None`: with torch's ready-made kernel, in float32 and float64 on
+            CPU, and in all dtypes on CUDA, where small tensors share a call. `True`: compiles a kernel for low
+            precision on the CPU, which takes 10 to 20 s in the second step; where that can't be done, one warning, and
+            the plain path. The result is the same up to rounding.
         state_dtype (`str` or `torch.dtype`, *optional*):
             Of the momentum buffer: `"float32"` or `"bfloat16"`. `None`: the parameter's, but float32 for float16
             parameters: the buffer has the gradient's unit, and float16 loses gradients below 1e-7 and above 65504.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Rounds bf16 parameters at random instead of to the nearest, so that updates below their resolution are not
-            lost. Uses torch's global random numbers.
+            lost. The noise has a generator of its own, seeded by the step: replicas stay equal, a resumed run goes on
+            as it would have, and the global random numbers are left alone. Not inside a CUDA graph.
+        kahan_sum (`bool`, *optional*, defaults to `False`):
+            Keeps what rounding bf16 and fp16 parameters loses, and adds it in the next step (Kahan summation): close
+            to float32 parameters, for 2 bytes of state more per element. Not beside `stochastic_rounding`.
         gsnr (iterable of rows, *optional*):
             Scales of another run instead of measuring: `report.tensors` or `gsnr_statistics()`. Parameters need names,
             the same as the rows'. A row that is pending is measured as usual.
@@ -158,6 +145,7 @@ class SGDSaI(MeasuredScales):
         fused: bool | None = None,
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = False,
+        kahan_sum: bool = False,
         gsnr: Iterable[Any] | None = None,
         lora_policy: Literal["plain", "paired"] = "plain",
         **unknown: Any,
@@ -173,16 +161,17 @@ class SGDSaI(MeasuredScales):
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
-            "state_dtype": _dtype_name(state_dtype),
+            "state_dtype": dtype_name(state_dtype),
             "stochastic_rounding": stochastic_rounding,
+            "kahan_sum": kahan_sum,
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
             "paired": lora_policy == "paired",
             "lora_policy": lora_policy,
             # Not options, but they decide updates and so live where state_dict() saves them.
             **SHARED,
         }
-        defaults = from_text(defaults, _FROM_TEXT)
-        _check_options(defaults)
+        defaults = from_text(defaults, FROM_TEXT)
+        check_options(defaults)
         super().__init__(params, defaults)
         if gsnr is not None:
             self._take_given(list(gsnr))
@@ -198,10 +187,10 @@ class SGDSaI(MeasuredScales):
             `ValueError`: An option is out of its range, or `normalize` differs from the other groups'.
         """
         first = self.param_groups[0] if self.param_groups else self.defaults
-        param_group = from_text(param_group, _FROM_TEXT)
+        param_group = from_text(param_group, FROM_TEXT)
         merged = {**self.defaults, **param_group}
-        merged["state_dtype"] = _dtype_name(merged["state_dtype"])
-        _check_options(merged)
+        merged["state_dtype"] = dtype_name(merged["state_dtype"])
+        check_options(merged)
         if merged["normalize"] != first["normalize"]:
             raise ValueError(
                 f"normalize must be the same in all parameter groups but is {merged['normalize']!r} beside "
@@ -221,6 +210,9 @@ class SGDSaI(MeasuredScales):
             group.setdefault("lora_policy", policy)
             if group.get("state_dtype") == "float16":  # older states had it; their buffers are widened
                 group["state_dtype"] = "float32"
+        for values in state["state"].values():
+            if isinstance(values.get("decay"), Tensor):  # of before 0.2, with a learning rate on a device
+                values["decay"] = float(values["decay"])
         super().__setstate__(state)
 
     def _begin(self) -> None:
@@ -248,7 +240,7 @@ class SGDSaI(MeasuredScales):
             )
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        check_writer("SGDSaI", state_dict)
+        check_writer("SGDSaI", SAVED_KEYS, state_dict)
 
     def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         """
@@ -256,8 +248,8 @@ class SGDSaI(MeasuredScales):
         checkpoint loaded into float32 parameters is widened.
         """
         if key != "momentum_buffer":
-            return saved.dtype
-        if _dtype_name(saved.dtype) == group.get("state_dtype") != "float16":
+            return param.dtype if key == "rounding_error" else saved.dtype
+        if dtype_name(saved.dtype) == group.get("state_dtype") != "float16":
             return saved.dtype
         return buffer_dtype(torch.promote_types(saved.dtype, param.dtype))
 
@@ -279,15 +271,38 @@ class SGDSaI(MeasuredScales):
         norm = state.get("pair_norm", 0.0)  # 0.0 until the pair has had a gradient
         return first_factor(norm, state.get("gradient_norm", 0.0), is_a=index % 2 == 0) if norm else 1.0
 
+    def _collect(self, params: Iterable[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
+        """Zeroes new buffers together: one by one they would be most of the first step's launches."""
+        self.__dict__["_not_zeroed"] = []
+        try:
+            return super()._collect(params)
+        finally:
+            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for buffer in self.__dict__.pop("_not_zeroed"):
+                alike.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+            for buffers in alike.values():
+                torch._foreach_zero_(buffers)
+
     def _make_state(self, group_index: int, index: int, param: Tensor) -> None:
         super()._make_state(group_index, index, param)
-        if self.param_groups[group_index]["momentum"] != 0:
-            self._add_buffer(self.param_groups[group_index], param)
+        group = self.param_groups[group_index]
+        if group["momentum"] != 0:
+            self._add_buffer(group, param)
+        if _keeps_errors(group, param):
+            self.state[param]["rounding_error"] = self._zeros(param, param.dtype)
 
     def _add_buffer(self, group: dict[str, Any], param: Tensor) -> None:
         dtype = STATE_DTYPES[group["state_dtype"]] if group["state_dtype"] else buffer_dtype(param.dtype)
-        buffer = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        self.state[param].update(momentum_buffer=buffer, decay_ratio=_NOT_BEGUN, decay=0.0)
+        buffer = self._zeros(param, dtype)
+        self.state[param].update(momentum_buffer=buffer, buffer_scale=0.0, decay_ratio=_NOT_BEGUN, decay=0.0)
+
+    def _zeros(self, param: Tensor, dtype: torch.dtype) -> Tensor:
+        zeroed_later: list[Tensor] | None = self.__dict__.get("_not_zeroed")
+        make = torch.zeros_like if zeroed_later is None else torch.empty_like
+        made = make(param, dtype=dtype, memory_format=torch.preserve_format)
+        if zeroed_later is not None:
+            zeroed_later.append(local(made))
+        return made
 
     def _update(
         self,
@@ -298,91 +313,89 @@ class SGDSaI(MeasuredScales):
         skipped: set[Tensor],
     ) -> None:
         """Updates tensors of a group."""
-        options = (group["maximize"], group["stochastic_rounding"])
         ready = [each for each in params if each.grad is not None and not (skipped and each in skipped)]
-        before: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        grads = [gradient_of(param) for param in ready]
+        before: dict[int, dict[str, Any]] = {}
         found = self._find_not_finite(
-            [gradient_of(param) for param in ready],
+            grads,
             lambda index: self._name_in(group, ready[index]),
-            lambda index: functools.partial(self._put_back, *before.setdefault(index, (ready[index], {}))),
+            lambda indices: functools.partial(self._put_back, [(ready[i], before.setdefault(i, {})) for i in indices]),
         )
         paired = self._paired_gradients(group) if group["paired"] else {}
-        # By what a tensor can need: an update without momentum, a buffer that starts, a buffer that goes on.
-        plain, starting, moving = (Batch(weight, *options) for weight in (1.0, 1.0, 1.0 - group["momentum"]))
+        step = group["lr"].detach().reshape(()) if isinstance(group["lr"], Tensor) else float(group["lr"])
+        step = step / normalizer if normalizer != 1.0 else step
+        rounds = group["stochastic_rounding"] or group["kahan_sum"]
+        batches: dict[Any, Batch] = {}
         for index, param in enumerate(ready):
             if index in found.bad:
                 continue
-            state = self.state[param]
-            if index in before:
-                kept = {key: state[key] for key in _OF_BUFFER if key in state}
-                if isinstance(kept.get("decay"), Tensor):  # which is written in place
-                    kept["decay"] = kept["decay"].clone()
-                before[index][1].update(kept)
-            scale = state["gsnr"] / normalizer
-            batch = moving if scale and group["momentum"] else plain
-            if batch is moving:
-                if "momentum_buffer" not in state:  # momentum was switched on after the first step
-                    self._add_buffer(group, param)
-                if state["decay_ratio"] == _NOT_BEGUN or (first and param in first):
-                    batch = starting  # m_1 = g_1
-                batch.buffers.append(local(state["momentum_buffer"]))
-            elif state.get("decay_ratio", 0.0) > 0.0:
+            state, flag = self.state[param], found.on_device.get(index)
+            moving = bool(state["gsnr"] and group["momentum"])
+            if not moving and state.get("decay_ratio", 0.0) > 0.0:
                 _unfold_decay(state, param)
+            if flag is not None:
+                before[index].update({key: state[key] for key in _OF_BUFFER if key in state})
+            if moving and "momentum_buffer" not in state:  # momentum was switched on after the first step
+                self._add_buffer(group, param)
+            starts = moving and (state["decay_ratio"] == _NOT_BEGUN or (bool(first) and param in first))  # m_1 = g_1
+            error = self._error(group, state, param) if rounds else None
+            # Pieces differ in size from rank to rank, and so does what noise they take.
+            key = (moving, id(flag), error is not None, rounds and is_sharded(param))
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch(group["maximize"], self._rounding(group), found=flag)
+            if moving:
+                batch.buffers.append(local(state["momentum_buffer"]))
+            if error is not None:
+                batch.errors.append(local(error))
             batch.params.append(local(param))
-            batch.grads.append(paired[param] if param in paired else local(gradient_of(param)))
-            batch.coefficients.append(next_coefficients(group, state, scale, starts=batch is starting))
-            if index in found.on_device:
-                batch.found.append(found.on_device[index])
-        for batch in (plain, starting, moving):
-            if batch.params:
-                update(batch, group["foreach"], group["fused"])
+            batch.grads.append(paired[param] if paired and param in paired else local(grads[index]))
+            batch.coefficients.append(next_coefficients(group, state, step, normalizer, starts))
+        for batch in batches.values():
+            update(batch, group["foreach"], group["fused"])
+
+    def _error(self, group: dict[str, Any], state: dict[str, Any], param: Tensor) -> Tensor | None:
+        """What rounding has lost of a parameter so far, where that is kept."""
+        if not _keeps_errors(group, param):
+            return None
+        if "rounding_error" not in state:  # kahan_sum was switched on after the first step
+            state["rounding_error"] = self._zeros(param, param.dtype)
+        error: Tensor = state["rounding_error"]
+        return error
 
     def _name_in(self, group: dict[str, Any], param: Tensor) -> str:
         group_index = next(index for index, each in enumerate(self.param_groups) if each is group)
         return self._name(group_index, next(index for index, each in enumerate(group["params"]) if each is param))
 
-    def _put_back(self, param: Tensor, before: dict[str, Any]) -> None:
-        """Gives a tensor the plain values of before a step that its update did not make; a buffer that began goes."""
-        state = self.state[param]
-        for key in _OF_BUFFER:
-            state.pop(key, None)
-        state.update(before)
+    def _put_back(self, rows: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Gives tensors the plain values of before a step that a device left out; a buffer that began goes."""
+        for param, before in rows:
+            state = self.state[param]
+            for key in _OF_BUFFER:
+                state.pop(key, None)
+            state.update(before)
 
     def _paired_gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """The gradients of LoRA's factors, bounded by the norm of each pair's first, which is kept."""
-        found: dict[Tensor, Tensor] = {}
-        for pair in zip(group["params"][::2], group["params"][1::2], strict=True):
-            if any(is_sharded(param) for param in pair):
-                raise RuntimeError(
-                    "SGDSaI with lora_policy='paired' needs whole factors, but they are sharded; use DDP, keep the "
-                    "adapter out of FSDP's sharding, or leave lora_policy out"
-                )
-            states = [state for param in pair if (state := self.state.get(param))]  # none of a frozen factor
-            norm = max((state["pair_norm"] for state in states), default=0.0)
-            if not norm:
-                norms = [norm_of(param.grad) for param in pair if param.grad is not None]
-                norm = max((each for each in norms if math.isfinite(each)), default=0.0)
-                if not norm:
-                    continue  # all are zero, or not finite: none is moved by its gradient
-                if all(map(math.isfinite, norms)):  # else the other factor is bounded by itself, and the pair waits
-                    for state in states:
-                        state["pair_norm"] = norm
-            for index, param in enumerate(pair):
-                if param.grad is not None:
-                    found[param] = bounded(param.grad, norm, is_a=index == 0)
-        return found
+        if any(is_sharded(param) for param in group["params"]):
+            raise RuntimeError(
+                "SGDSaI with lora_policy='paired' needs whole factors, but they are sharded; use DDP, keep the "
+                "adapter out of FSDP's sharding, or leave lora_policy out"
+            )
+        return bounded_pairs(list(zip(group["params"][::2], group["params"][1::2], strict=True)), self.state)
 
-    def _moved_norm(self, group_index: int, index: int, moments: GradientMoments) -> float:
+    def _moved_norms(self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments]) -> list[float]:
         """Of a LoRA factor that is trained as one of a pair: its gradient's, bounded."""
-        group = self.param_groups[group_index]
-        if not group["paired"]:
-            return moments.norm
-        param, other = group["params"][index], group["params"][index ^ 1]
-        norm = self.state[param]["pair_norm"]
-        if not norm:
-            others = norm_of(other.grad) if other.grad is not None else 0.0
-            norm = max(moments.norm, others) if math.isfinite(others) else moments.norm  # as _paired_gradients has it
-        return moments.norm * first_factor(norm, moments.norm, is_a=index % 2 == 0)
+        found = super()._moved_norms(unsettled, moments)
+        known = {param: norm for (*_, param), norm in zip(unsettled, found, strict=True)}
+        for at, (group_index, index, param) in enumerate(unsettled):
+            group = self.param_groups[group_index]
+            if group["paired"]:
+                other = known.get(group["params"][index ^ 1], 0.0)  # settled ones have the norm of their pair
+                other = other if math.isfinite(other) else 0.0  # as _paired_gradients has it
+                norm = self.state[param]["pair_norm"] or max(known[param], other)
+                found[at] *= first_factor(norm, known[param], is_a=index % 2 == 0) if norm else 0.0
+        return found
 
     def _warn_if_bf16_stays(
         self, unsettled: list[tuple[int, int, Tensor]], moments: list[GradientMoments], first: set[Tensor]
@@ -393,79 +406,34 @@ class SGDSaI(MeasuredScales):
         bf16 = [
             (group, self._name(group, index), param, moment)
             for (group, index, param), moment in zip(unsettled, moments, strict=True)
-            if param in first and param.dtype == torch.bfloat16 and not self.param_groups[group]["stochastic_rounding"]
+            if param in first and param.dtype == torch.bfloat16 and loses_digits(self.param_groups[group])
         ]
-        stuck = []
-        normalizer = self._normalizer()
+        # Read once per group: each may be a tensor on a device.
+        peaks = {group: peak_rate(self.param_groups[group]) for group in {row[0] for row in bf16}}
+        moves, normalizer = [], self._normalizer()
         for group, name, param, moment in bf16:
-            size = self.state[param]["weight_rms"] * math.sqrt(param.numel())
-            peak = float(self.param_groups[group].get("initial_lr", self.param_groups[group]["lr"]))
             norm = 1.0 if self.param_groups[group]["paired"] else moment.norm
-            move = peak * self.state[param]["gsnr"] / normalizer * norm
-            if 0.0 < move < BF16_RESOLUTION * size:
-                stuck.append((move / size, name))
-        if stuck:
-            self.__dict__["_warned_bf16"] = True
-            logger.warning(
-                "%d of %d bf16 parameters move by less than 2^-8 of their size in a step (%s: %.1e), so that most of "
-                "it is rounded away: set stochastic_rounding=True, keep the parameters in float32, or raise the "
-                "learning rate.",
-                len(stuck),
-                len(bf16),
-                min(stuck)[1],
-                min(stuck)[0],
-            )
+            size = self.state[param]["weight_rms"] * math.sqrt(param.numel())
+            moves.append((name, peaks[group] * self.state[param]["gsnr"] / normalizer * norm, size))
+        self.__dict__["_warned_bf16"] = warn_of_stall(moves)
 
 
 # What a tensor's state has because of its momentum buffer.
-_OF_BUFFER = ("momentum_buffer", "decay_ratio", "decay")
+_OF_BUFFER = ("momentum_buffer", "buffer_scale", "decay_ratio", "decay")
 # The `decay_ratio` of a buffer that holds no gradient yet.
 _NOT_BEGUN = -1.0
 
 
 def _unfold_decay(state: dict[str, Any], param: Tensor) -> None:
     """
-    Leaves the plain `m` in a buffer that waits while momentum is 0: `M = m + c p` holds for the `p` of before the last
-    step, which is `p + s M` now (see `hf_sai/optim/sgd_update.py`).
+    Leaves `S m` in a buffer that waits while momentum is 0: `N = S m + c p` holds for the `p` of before the last step,
+    which is `p + e N` now (see `hf_sai/optim/sgd_batch.py`).
     """
-    buffer, ratio, decay = local(state["momentum_buffer"]), state["decay_ratio"], state["decay"]
+    buffer = local(state["momentum_buffer"])
     wide = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
-    buffer.copy_(wide * (1.0 - decay) - local(param).to(wide.dtype) * ratio)
-    state["decay_ratio"] = 0.0
-    state["decay"] = torch.zeros_like(decay) if isinstance(decay, Tensor) else 0.0
+    buffer.copy_(wide * (1.0 - state["decay"]) - local(param).to(wide.dtype) * state["decay_ratio"])
+    state.update(decay_ratio=0.0, decay=0.0)
 
 
-def _dtype_name(dtype: Any) -> Any:
-    """`torch.bfloat16` as `"bfloat16"`: a group holds plain values."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-
-
-_FROM_TEXT = {
-    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps"), to_float),
-    **dict.fromkeys(("foreach", "fused"), or_none(to_bool)),
-    "normalize": one_of(*NORMALIZATIONS),
-    "measure_steps": to_int,
-    "state_dtype": or_none(one_of(*STATE_DTYPES)),
-    "lora_policy": one_of(*PAIR_POLICIES),
-}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Raises `ValueError` for the first option that is out of its range."""
-    for name in ("lr", "weight_decay", "eps"):
-        check_number(name, options[name], "give a number such as 0.01")
-    check_share("momentum", options["momentum"], "the paper uses 0.9")
-    learning_rate = "choose one (the learning rate depends on it)"
-    check_choice("normalize", options["normalize"], NORMALIZATIONS, learning_rate)
-    check_choice("lora_policy", options["lora_policy"], PAIR_POLICIES)
-    check_whole("measure_steps", options["measure_steps"], "the paper uses 1")
-    for name in ("maximize", "stochastic_rounding"):
-        check_flag(name, options[name])
-    for name in ("foreach", "fused"):
-        check_flag(name, options[name], optional=True)
-    if options["foreach"] and options["fused"]:
-        raise ValueError("foreach and fused must not both be True, but they are; set one, or none to let it choose")
-    kept = "None keeps the parameter's"
-    if options["state_dtype"] == "float16":
-        kept = "float16 loses gradients below 1e-7 and above 65504, bfloat16 takes as little memory"
-    check_choice("state_dtype", options["state_dtype"], STATE_DTYPES, kept, optional=True)
+def _keeps_errors(group: dict[str, Any], param: Tensor) -> bool:
+    return group["kahan_sum"] and low_precision(param.dtype)

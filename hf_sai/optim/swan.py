@@ -16,28 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam_update import ACCELERATOR_BLOCK_NUMEL, AdamBatch, adam_update, new_adam_state
-from .base import NamedOptimizer, check_writer, undisturbed
-from .checks import (
-    check_betas,
-    check_choice,
-    check_flag,
-    check_number,
-    check_share,
-    check_whole,
-    from_text,
-    one_of,
-    or_none,
-    refuse_unknown,
-    to_float,
-    to_int,
-    to_pair,
-)
+from .adam_update import AdamBatch, adam_update, new_adam_state
+from .base import NamedOptimizer, check_writer
+from .checks import check_flag, from_text, refuse_unknown
 from .matrices import (
     ACCELERATOR_BATCH_BYTES,
     BYTES_PER_ELEMENT,
     CPU_BATCH_BYTES,
-    WHITENING_DTYPES,
     Batch,
     Matrix,
     batches_of,
@@ -45,17 +30,18 @@ from .matrices import (
     move,
     whiten,
 )
-from .routing import ADAM, LORA_POLICIES, Route, complete_routes, layout_of
+from .precision import undisturbed
+from .rounding import Rounding
+from .routing import ADAM, Route, complete_routes, layout_of
 from .sharding import sharding_of, true_everywhere
 from .sharing import differ, ranks, whiten_sharded, whiten_shared
-from .tensors import buffer_dtype, check_gradient, gradient_of, is_sharded, local
-from .whitening import METHODS, Method, check_whitening, in_range, sizes
+from .swan_options import FROM_TEXT, SAVED_KEYS, check_options
+from .tensors import LIST_NUMEL, buffer_dtype, check_gradient, gradient_of, is_sharded, local
+from .whitening import Method, in_range, sizes
 from .zero_swan import move_pieces
 
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("auto", "swan", "adam")
 
 
 class SWAN(NamedOptimizer):
@@ -132,6 +118,7 @@ class SWAN(NamedOptimizer):
     ```
     """
 
+    _progress = ("lr", "step")
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
     _per_tensor = ("routes",)
     _multiplies = True
@@ -174,13 +161,14 @@ class SWAN(NamedOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "max_batch_bytes": max_batch_bytes,
             "kind": "auto",
+            "step": 0,  # no option: what the noise of stochastic rounding is drawn by, the same on all ranks
             # What hf_sai.param_groups made the groups by. `None`: no module was asked.
             "lora_whitening": None,
             "split_qkv": False,
             "target_modules": None,
         }
-        defaults = from_text(defaults, _FROM_TEXT)
-        _check_options(defaults)
+        defaults = from_text(defaults, FROM_TEXT)
+        check_options(defaults)
         check_flag("share_whitening", share_whitening)
         self.share_whitening = share_whitening  # no option of groups: it changes no update, and the ranks may differ
         super().__init__(params, defaults)
@@ -200,9 +188,10 @@ class SWAN(NamedOptimizer):
         Raises:
             `ValueError`: An option is out of its range, or a route does not fit.
         """
-        group = from_text(param_group, _FROM_TEXT)
-        _check_options({**self.defaults, **group})
-        super().add_param_group({**group, "params": self._with_names(param_group["params"])})
+        group = from_text(param_group, FROM_TEXT)
+        check_options({**self.defaults, **group})
+        shared = {"step": self.param_groups[0]["step"]} if self.param_groups else {}
+        super().add_param_group({**group, "params": self._with_names(param_group["params"]), **shared})
         try:
             complete_routes(self.param_groups[-1])
         except ValueError:
@@ -239,11 +228,11 @@ class SWAN(NamedOptimizer):
     def extra_bytes(self, one_at_a_time: bool = False) -> int:
         """The most that a step needs for a while: as `whitening_bytes`, or Adam's float32 copies of low precision."""
         to_adam = [row.param for row in self.routes() if row.route == ADAM and row.param.dtype != torch.float32]
-        copies = max((2 * 4 * min(param.numel(), ACCELERATOR_BLOCK_NUMEL) for param in to_adam), default=0)
+        copies = max((2 * 4 * min(param.numel(), LIST_NUMEL) for param in to_adam), default=0)
         return max(self.whitening_bytes(one_at_a_time), copies)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        check_writer("SWAN", state_dict)
+        check_writer("SWAN", SAVED_KEYS, state_dict)
 
     def _loaded_dtype(self, key: str, saved: Tensor, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         """Adam's moments have at least float32, whatever the parameters have; a momentum buffer is as it is made."""
@@ -252,7 +241,9 @@ class SWAN(NamedOptimizer):
         return buffer_dtype(param.dtype) if key == "momentum_buffer" else torch.float32
 
     def _begin(self) -> None:
-        """Nothing is measured before the first tensor moves."""
+        """Counts the step."""
+        for group in self.param_groups:
+            group["step"] += 1
 
     def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
         self._update(places if self._pieces is None else move_pieces(self, list(places), _directions_of, _elements))
@@ -278,7 +269,8 @@ class SWAN(NamedOptimizer):
                 rest.append((group_index, name, param))
                 continue
             mesh = sharding_of(param).mesh if is_sharded(param) else None
-            matrix = Matrix(group, name, param, gradient_of(param), layout_of(group["routes"][index]))
+            rounding = self._rounding(group) if param.dtype == torch.bfloat16 else None
+            matrix = Matrix(group, name, param, gradient_of(param), layout_of(group["routes"][index]), rounding)
             matrices.setdefault((param.device, mesh), []).append(matrix)
         for (_, mesh), found in matrices.items():
             self._whiten(found, mesh)
@@ -295,19 +287,22 @@ class SWAN(NamedOptimizer):
             state.update(new_adam_state(param) if for_adam else {"step": 0})
 
     def _update_by_adam(self, places: list[tuple[int, str, Tensor]]) -> None:
-        """Group index, name and tensor of those that Adam updates; one whose gradient is not finite stays."""
+        """
+        Group index, name and tensor of those that Adam updates. One whose gradient is not finite stays; on an
+        accelerator all that are there.
+        """
         found = self._find_not_finite([gradient_of(param) for *_, param in places], lambda index: places[index][1])
-        batches: dict[tuple[int, bool], tuple[AdamBatch, list[Tensor]]] = {}
+        batches: dict[tuple[int, int], tuple[AdamBatch, Tensor | None]] = {}
         for index, (group_index, _, param) in enumerate(places):
             if index in found.bad:
                 continue
             state, flag = self.state[param], found.on_device.get(index)
-            batch, flags = batches.setdefault((group_index, flag is None), (AdamBatch(), []))
+            batch, _ = batches.setdefault((group_index, id(flag)), (AdamBatch(), flag))
             moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
             batch.append(local(param), local(gradient_of(param)), *moments, state["step"])
-            flags += [] if flag is None else [flag]
-        for (group_index, _), (batch, flags) in batches.items():
-            _adam(self.param_groups[group_index], batch, flags)
+        for (group_index, _), (batch, flag) in batches.items():
+            group = self.param_groups[group_index]
+            _adam(group, batch, self._rounding(group), flag)
 
     def _whiten(self, matrices: list[Matrix], mesh: Any) -> None:
         """Whitens matrices on one device or, with a mesh, sharded over one; and moves the parameters."""
@@ -407,11 +402,11 @@ def _elements(group: dict[str, Any], device: torch.device) -> int:
     return int(group["max_batch_bytes"] or default) // BYTES_PER_ELEMENT
 
 
-def _adam(group: dict[str, Any], batch: AdamBatch, found: list[Tensor]) -> None:
+def _adam(group: dict[str, Any], batch: AdamBatch, rounding: Rounding | None, found: Tensor | None) -> None:
     ratio = group["adam_lr_ratio"]
     adam_update(
         batch,
-        group["stochastic_rounding"],
+        rounding,
         found,
         lr=float(group["lr"]) * ratio,
         beta1=group["betas"][0],
@@ -420,31 +415,3 @@ def _adam(group: dict[str, Any], batch: AdamBatch, found: list[Tensor]) -> None:
         weight_decay=group["weight_decay"] / ratio,
         maximize=group["maximize"],
     )
-
-
-_FROM_TEXT = {
-    **dict.fromkeys(("lr", "scale", "adam_lr_ratio", "eps", "weight_decay", "momentum"), to_float),
-    **dict.fromkeys(("ns_steps", "max_batch_bytes"), or_none(to_int)),
-    "betas": to_pair,
-    "whitening": one_of(*METHODS),
-    "whitening_dtype": one_of(*WHITENING_DTYPES),
-    "lora_whitening": or_none(one_of(*LORA_POLICIES)),
-}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Raises `ValueError` for the first option that is out of its range."""
-    for name in ("lr", "weight_decay", "eps"):
-        check_number(name, options[name], "give a number such as 0.001")
-    for name in ("scale", "adam_lr_ratio"):
-        check_number(name, options[name], "the default is 3.0", positive=True)
-    check_whitening(options["whitening"], options["ns_steps"], options["ns_beta"])
-    check_choice("whitening_dtype", options["whitening_dtype"], WHITENING_DTYPES, "float32 keeps all digits")
-    check_betas(options["betas"])
-    check_share("momentum", options["momentum"], "the paper has none, 0.0")
-    for name in ("maximize", "stochastic_rounding"):
-        check_flag(name, options[name])
-    check_whole("max_batch_bytes", options["max_batch_bytes"], "None chooses by itself", optional=True)
-    check_choice("lora_whitening", options["lora_whitening"], LORA_POLICIES, optional=True)
-    check_flag("split_qkv", options["split_qkv"])
-    check_choice("kind", options["kind"], KINDS, "'auto' goes by the dimensions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,61 @@ from torch import Tensor, nn
 BLOCK_NUMEL = 1 << 20
 # Where torch has fused kernels that are used here.
 FUSED_DEVICES = ("cpu", "cuda")
+# Elements per list of tensors that accelerators take at once: 64 MiB for each float32 copy. One launch of torch's
+# multi-tensor kernels covers 320 chunks of 2^16 elements, so that longer lists would not save launches.
+LIST_NUMEL = 1 << 24
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether calls are launches there, so that few calls for many tensors are worth an extra pass over memory."""
+    return device.type != "cpu"
+
+
+def low_precision(dtype: torch.dtype) -> bool:
+    """bf16 or fp16."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def in_order(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether equal positions in memory are equal elements, without gaps: what torch's fused kernels read by."""
+    if first.is_contiguous():
+        return all(other is None or other.is_contiguous() for other in others)
+    dense = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    return dense and all(other is None or other.stride() == first.stride() for other in others)
+
+
+def sublists(tensors: Sequence[Tensor], numel: int) -> Iterator[list[int]]:
+    """Indices of neighbours with up to `numel` elements together, or of one that has more."""
+    found: list[int] = []
+    total = 0
+    for index, tensor in enumerate(tensors):
+        if found and total + tensor.numel() > numel:
+            yield found
+            found, total = [], 0
+        found.append(index)
+        total += tensor.numel()
+    if found:
+        yield found
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """To a device, without the host waiting for it."""
+    pin = device.type == "cuda" and torch.cuda.is_available()
+    return (values.pin_memory() if pin else values).to(device, non_blocking=True)
+
+
+def fetch(values: Tensor) -> list[Any]:
+    """To the host, which waits for it: nothing else here reads a device."""
+    return values.tolist()
+
+
+def copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Contiguous copies in another dtype, in one piece of memory, which comes first."""
+    sizes = [tensor.numel() for tensor in tensors]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
+    found = [piece.view(tensor.shape) for piece, tensor in zip(flat.split(sizes), tensors, strict=True)]
+    torch._foreach_copy_(found, list(tensors))
+    return flat, found
 
 
 def is_sharded(tensor: Tensor) -> bool:

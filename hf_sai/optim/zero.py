@@ -96,6 +96,7 @@ class ZeroPieces:
             self.places = self.zero.check()
         self._waiting, self._measured, self._now = set(self.zero.flats), {}, set(now)
         self._take_options(range(len(self.inner.param_groups)))
+        self.inner._read_late_news()
         self.inner._look()
 
     def moments(self, views: list[Tensor]) -> list[GradientMoments]:
@@ -108,12 +109,12 @@ class ZeroPieces:
         pieces = [self.pieces[view] for view in views]
         unit = {flat: 1.0 if flat in self._now else self.zero.unit() for flat in self.zero.flats}
         cuts = {flat: _Cuts(self._gradients(flat)) for flat in {self.flat_of[piece] for piece in pieces}}
-        local = torch.stack([local_moments(cuts[self.flat_of[piece]].cut(piece)) for piece in pieces])
+        local = local_moments([cuts[self.flat_of[piece]].cut(piece) for piece in pieces])
         units = torch.tensor([unit[self.flat_of[piece]] for piece in pieces], dtype=local.dtype, device=local.device)
         local = torch.stack([local[:, 0], local[:, 1] * units, local[:, 2] * units.square()], dim=-1)
         norms = (local[:, 2] + local[:, 0] * local[:, 1].square()).sqrt()
         self._measured = dict(zip(pieces, norms.tolist(), strict=True))
-        weights = torch.stack([local_moments(view.detach()) for view in views]).to(local)
+        weights = local_moments([view.detach() for view in views]).to(local)
         local = torch.cat([local, weights]).to(self.zero.device())
         tables = [torch.empty_like(local) for _ in range(dist.get_world_size(self.zero.process_group))]
         dist.all_gather(tables, local, group=self.zero.process_group)
@@ -220,6 +221,7 @@ class ZeroPieces:
 
     def write(self) -> None:
         """Puts rows and places into the groups that DeepSpeed saves."""
+        self.inner._read_late_news()
         self._adopt()
         self._give_back(range(len(self.inner.param_groups)))
         rank, ranks = dist.get_rank(self.zero.process_group), dist.get_world_size(self.zero.process_group)
