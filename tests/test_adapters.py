@@ -356,3 +356,14 @@ def test_a_pairs_state_of_before_norms_were_kept_gives_the_bound_alone():
     rows = GSNRReport.from_optimizer(other).tensors
     assert [row.factor for row in rows] == pytest.approx([0.3 / 4, 1 / 4], rel=1e-6)
     assert [row.update_rms for row in rows] == [None, None]
+
+
+def test_the_rms_of_the_first_step_is_that_of_what_moves_where_the_other_factor_has_inf():
+    """A alone is measured and moves, by its own norm; B's inf has no part in the bound, nor in what divides."""
+    for odd in (math.inf, math.nan):
+        a, b = factors(start=0.4)
+        optimizer = paired([a, b], lr=0.01, momentum=0.0, normalize="rms")
+        before = a.detach().clone()
+        a.grad, b.grad = torch.randn_like(a), torch.full_like(b, odd)
+        optimizer.step()
+        assert (a.detach() - before).square().mean().sqrt().item() == pytest.approx(0.01, rel=1e-6)

@@ -12,7 +12,7 @@ import reference
 import torch
 
 from hf_sai.optim import polynomials, swan_preset
-from hf_sai.optim.whitening import METHODS, grad_norm, grad_whitening, swan_direction
+from hf_sai.optim.whitening import METHODS, grad_norm, grad_whitening, sizes, swan_direction
 
 
 def oracle(gradient):
@@ -428,3 +428,12 @@ def test_a_thousand_random_matrices_in_bf16(steps):
         values = torch.linalg.svdvals(grad_whitening(batch, "polar", steps, torch.bfloat16))
         assert values.isfinite().all()
         assert values.max() < 1.5
+
+
+def test_sizes_of_gradients_of_several_dtypes_are_in_the_widest():
+    """float64 gradients of float32 weights (`grad_dtype`) come beside float32 ones."""
+    some = [torch.full((2, 2), value, dtype=dtype) for value, dtype in ((1.5, torch.float32), (1e100, torch.float64))]
+    for gradients in (some, some[::-1]):
+        found = sizes(gradients)
+        assert found.dtype == torch.float64
+        assert sorted(found.tolist()) == [3.0, 1e100]  # the norm; the largest value where squares leave the range

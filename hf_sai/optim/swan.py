@@ -118,7 +118,6 @@ class SWAN(NamedOptimizer):
     ```
     """
 
-    share_whitening = False  # where an optimizer was copied or unpickled
     _progress = ("lr", "step")
     _chosen = ("lora_whitening", "split_qkv", "target_modules")
     _per_tensor = ("routes",)
@@ -171,10 +170,12 @@ class SWAN(NamedOptimizer):
         defaults = from_text(defaults, FROM_TEXT)
         check_options(defaults)
         check_flag("share_whitening", share_whitening)
-        # No option of the groups: it changes no update, and a run may go on with another number of ranks.
-        if share_whitening:
-            self.share_whitening = share_whitening
+        self.share_whitening = share_whitening  # no option of groups: it changes no update, and the ranks may differ
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's leaves out what is no option of a group
+        return {**super().__getstate__(), "share_whitening": self.share_whitening}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """

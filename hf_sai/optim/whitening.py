@@ -11,6 +11,7 @@ lies in memory.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -167,7 +168,7 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
     Returns:
         `torch.Tensor`: `[len(gradients)]`, float32 or float64.
     """
-    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    dtype = functools.reduce(torch.promote_types, {each.dtype for each in gradients}, torch.float32)
     if gradients[0].device.type != "cpu":
         some = [each if each.numel() else each.new_zeros(1) for each in gradients]  # a rank may have no rows
         return torch.stack(torch._foreach_norm(some, math.inf, dtype))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..optim.facts import ADAM, facts_of
 from . import schema
-from .rows import RouteRow, TensorRow, grouped, layers_of, median, route_row, shape_of, tensor_row
+from .rows import RouteRow, TensorRow, grouped, layers_of, lists_in, median, route_row, shape_of, tensor_row
 from .schema import SCHEMA, STATUSES
 
 
@@ -278,11 +278,15 @@ class Kind:
 
 
 def _read_scales(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
-    return {"tensors": [tensor_row(each, peaks[each.group]) for each in optimizer.gsnr_statistics()], "routes": []}
+    statistics = optimizer.gsnr_statistics()
+    lists = lists_in(each.name for each in statistics)
+    return {"tensors": [tensor_row(each, peaks[each.group], lists) for each in statistics], "routes": []}
 
 
 def _read_routes(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
-    rows = [route_row(each.name, each.param, each.route, each.reason) for each in optimizer.routes()]
+    routes = optimizer.routes()
+    lists = lists_in(each.name for each in routes)
+    rows = [route_row(each.name, each.param, each.route, each.reason, lists) for each in routes]
     return {"tensors": [], "routes": rows}
 
 
@@ -290,6 +294,7 @@ def _read_groups(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
     """Of an optimizer that says nothing of its tensors: each with its group's learning rate and options."""
     names = ["weight_decay", *(option.name for option in _record_of(optimizer).options)]
     rows = []
+    lists = lists_in(name for group in optimizer.param_groups for name in group.get("param_names") or ())
     for index, group in enumerate(optimizer.param_groups):
         options = {name: group[name] for name in names if name in group}
         reason = ", ".join(f"{name}={value}" for name, value in {"lr": peaks[index], **options}.items())
@@ -298,7 +303,9 @@ def _read_groups(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:
             group["params"],
             strict=True,
         )
-        rows += [route_row(name, param, f"group {index}", reason) for name, param in params if param.requires_grad]
+        rows += [
+            route_row(name, param, f"group {index}", reason, lists) for name, param in params if param.requires_grad
+        ]
     return {"tensors": [], "routes": rows}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .schema import LARGEST, SMALLEST
@@ -15,6 +17,9 @@ if TYPE_CHECKING:  # a report is read and shown without torch
 
 Row = TypeVar("Row", bound="TensorRow | RouteRow")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
+# Words that name a list of blocks: layers, conv_layers, layer1, blocks, transformer_blocks, resnets, h, ...
+_LIST = re.compile(r"(^|_|res)(layers?|blocks?|stages?|resnets|attentions|h)\d*$")
+_NO_LISTS: Mapping[str, bool] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +105,43 @@ class RouteRow:
     reason: str
 
 
-def split_name(name: str) -> tuple[str, int | None]:
+def lists_in(names: Iterable[str]) -> dict[str, bool]:
+    """
+    What precedes the numbers in a model's names, and whether what stands there repeats.
+
+    Of `model.0.encoder.layer.3.query.weight` and its siblings `model.0.encoder.layer` repeats, while `model` does not:
+    `model.2.linear.weight` is something else. Where there is one number only nothing is said.
+    """
+    found: dict[str, dict[str, list[int]]] = {}  # by what precedes, what follows, and the numbers between
+    for name in names:
+        parts = _bare(name).split(".")
+        for index in _numbers(parts):
+            follows = found.setdefault(".".join(parts[:index]), {})
+            follows.setdefault(".".join(parts[index + 1 :]), []).append(int(parts[index]))
+    lists = {}
+    for before, follows in found.items():
+        if len({number for numbers in follows.values() for number in numbers}) > 1:
+            lists[before] = any(len(numbers) > 1 and _says(rest) for rest, numbers in follows.items())
+    return lists
+
+
+def split_name(name: str, lists: Mapping[str, bool] = _NO_LISTS) -> tuple[str, int | None]:
     """
     Kind and layer of a parameter's name.
 
-    `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` gives `("self_attn.q_proj.lora_A", 3)`.
+    `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` gives `("self_attn.q_proj.lora_A", 3)`. A
+    layer is the first number of what repeats; where that is not known, the first after a word such as `layers`.
+
+    Args:
+        name (`str`): In the model.
+        lists (mapping, *optional*): Of all its names, by [`lists_in`].
     """
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    parts = name.split(".")
-    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    parts = _bare(name).split(".")
+    numbers = _numbers(parts)
+    repeats = (i for i in numbers if lists.get(".".join(parts[:i]), i > 0 and bool(_LIST.search(parts[i - 1]))))
+    layer = next(repeats, numbers[0] if numbers else None)
     rest = parts if layer is None else parts[layer + 1 :]
-    if layer is not None and not any(not part.isdigit() and part not in ("weight", "bias") for part in rest):
+    if layer is not None and not _says(".".join(rest)):
         rest, layer = parts, None  # a bare nn.Sequential: the number is all there is
     if rest[-1] == "weight" and len(rest) > 1:
         rest = rest[:-1]
@@ -121,9 +151,24 @@ def split_name(name: str) -> tuple[str, int | None]:
     return ".".join(rest), None if layer is None else int(parts[layer])
 
 
-def tensor_row(statistics: Any, peak_learning_rate: float) -> TensorRow:
-    """From what `gsnr_statistics()` says of a tensor, and its group's learning rate."""
-    kind, layer = split_name(statistics.name)
+def _bare(name: str) -> str:
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _numbers(parts: list[str]) -> list[int]:
+    return [index for index, part in enumerate(parts) if part.isdigit()]
+
+
+def _says(rest: str) -> bool:
+    """Whether what follows a number says more than `weight`."""
+    return any(not part.isdigit() and part not in ("weight", "bias") for part in rest.split("."))
+
+
+def tensor_row(statistics: Any, peak_learning_rate: float, lists: Mapping[str, bool] = _NO_LISTS) -> TensorRow:
+    """From what `gsnr_statistics()` says of a tensor, and its group's learning rate; `lists` as [`lists_in`] says."""
+    kind, layer = split_name(statistics.name, lists)
     return TensorRow(
         name=statistics.name,
         kind=kind,
@@ -142,11 +187,11 @@ def tensor_row(statistics: Any, peak_learning_rate: float) -> TensorRow:
     )
 
 
-def route_row(name: str, param: Tensor, route: str, reason: str) -> RouteRow:
-    """From a parameter and what is to be said of it."""
+def route_row(name: str, param: Tensor, route: str, reason: str, lists: Mapping[str, bool] = _NO_LISTS) -> RouteRow:
+    """From a parameter and what is to be said of it; `lists` as [`lists_in`] says."""
     from ..optim.tensors import whole_shape
 
-    kind, layer = split_name(name)
+    kind, layer = split_name(name, lists)
     shape = whole_shape(param)
     return RouteRow(name, kind, layer, shape, math.prod(shape), route, reason)
 
