@@ -173,6 +173,11 @@ def first_factor(norm: float, gradient_norm: float, is_a: bool) -> float:
     return (A_RATE if is_a else 1.0) / max(norm, gradient_norm)
 
 
+def finite_norms(gradients: Sequence[Tensor]) -> list[float]:
+    """As [`norms`], with 0 where one is not finite."""
+    return [norm if math.isfinite(norm) else 0.0 for norm in norms(gradients)]
+
+
 def norms(gradients: Sequence[Tensor]) -> list[float]:
     """Norms, read back from the device at once; needed until a pair's is known."""
     found = [0.0] * len(gradients)

@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from .base import check_writer
 from .checks import from_text, refuse_unknown
 from .gsnr import GradientMoments
-from .lora_pairs import bounded_pairs, check_pairs, first_factor
+from .lora_pairs import bounded_pairs, check_pairs, finite_norms, first_factor
 from .scales import SHARED, MeasuredScales
 from .sgd_batch import Batch, next_coefficients
 from .sgd_options import FROM_TEXT, SAVED_KEYS, STATE_DTYPES, check_options, dtype_name
@@ -388,13 +388,19 @@ class SGDSaI(MeasuredScales):
         """Of a LoRA factor that is trained as one of a pair: its gradient's, bounded."""
         found = super()._moved_norms(unsettled, moments)
         known = {param: norm for (*_, param), norm in zip(unsettled, found, strict=True)}
-        for at, (group_index, index, param) in enumerate(unsettled):
-            group = self.param_groups[group_index]
-            if group["paired"]:
-                other = known.get(group["params"][index ^ 1], 0.0)  # settled ones have the norm of their pair
-                other = other if math.isfinite(other) else 0.0  # as _paired_gradients has it
-                norm = self.state[param]["pair_norm"] or max(known[param], other)
-                found[at] *= first_factor(norm, known[param], is_a=index % 2 == 0) if norm else 0.0
+        waiting = [
+            (at, param, index, self.param_groups[group_index]["params"][index ^ 1])
+            for at, (group_index, index, param) in enumerate(unsettled)
+            if self.param_groups[group_index]["paired"]
+        ]
+        # A settled factor whose pair waits, as after inf in the other one.
+        late = [
+            o for _, p, _, o in waiting if not self.state[p]["pair_norm"] and o not in known and o.grad is not None
+        ]
+        known.update(zip(late, finite_norms([gradient_of(other) for other in late]), strict=True))
+        for at, param, index, other in waiting:
+            norm = self.state[param]["pair_norm"] or max(known[param], known.get(other, 0.0))
+            found[at] *= first_factor(norm, known[param], is_a=index % 2 == 0) if norm else 0.0
         return found
 
     def _warn_if_bf16_stays(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import write_whole
 from .compare import Comparison
 from .data import ReportData
+from .rows import split_name as split_name
 from .schema import ReportError, read_text
 
 
