@@ -212,7 +212,7 @@ def test_what_cannot_be_compared_is_2_and_one_sentence(files, tmp_path):
     for other in (tmp_path / "broken.json", tmp_path):
         result = compare(files[0], str(other), "--fail-over", "2")
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-        assert result.stderr.startswith("hf-sai: a g-SNR report must be ")
+        assert result.stderr.startswith(f"hf-sai: the second run {other}: a g-SNR report must be ")
     assert compare(files[0]).exit_code == 2
 
 
@@ -222,8 +222,8 @@ def test_a_repository_is_read_of_each_side_with_its_revision(files, monkeypatch)
 
     def from_pretrained(source, revision=None):
         asked.append((source, revision))
-        return real(source)
+        return real({"user/a": files[0], "user/b": files[1]}[source])
 
     monkeypatch.setattr(GSNRReport, "from_pretrained", from_pretrained)
-    assert compare(*files, "--revision", "v1", "--other-revision", "v2").exit_code == 0
-    assert asked == [(files[0], "v1"), (files[1], "v2")]
+    assert compare("user/a", "user/b", "--revision", "v1", "--other-revision", "v2").exit_code == 0
+    assert asked == [("user/a", "v1"), ("user/b", "v2")]

@@ -98,6 +98,7 @@ def test_use_cpu_is_warned_of(caplog):
 
 def test_the_seam_checks_before_the_host_and_is_taken_back():
     """As the host calls it: with its configuration, which holds an optimizer; and after `unregister` not any more."""
+    pytest.importorskip("deepspeed", reason="the host's own optimizers of DeepSpeed come with it")
     import transformers.integrations.deepspeed as host
 
     assert isinstance(host.deepspeed_optim_sched, deepspeed_optimizer._Checked)

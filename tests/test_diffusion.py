@@ -90,7 +90,7 @@ EXPECTED = {  # name of a tensor, why it went where
         "down_blocks.1.attentions.0.proj_in.weight": "linear layer",
     },
     "sd3": {
-        "pos_embed.proj.weight": "convolution, flattened",
+        "pos_embed.proj.weight": "embedding",
         "transformer_blocks.0.attn.add_q_proj.weight": "linear layer",
         "transformer_blocks.0.norm1.linear.bias": "not a matrix",
         "proj_out.weight": "linear layer",
