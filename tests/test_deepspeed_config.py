@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import is_deepspeed_available
 
 import hf_sai
 from hf_sai.deepspeed_config import check_config, deepspeed_config, is_left_out
@@ -98,7 +99,8 @@ def test_use_cpu_is_warned_of(caplog):
 
 def test_the_seam_checks_before_the_host_and_is_taken_back():
     """As the host calls it: with its configuration, which holds an optimizer; and after `unregister` not any more."""
-    pytest.importorskip("deepspeed", reason="the host's own optimizers of DeepSpeed come with it")
+    if not is_deepspeed_available():
+        pytest.skip("the host's own optimizers of DeepSpeed come with it")
     import transformers.integrations.deepspeed as host
 
     assert isinstance(host.deepspeed_optim_sched, deepspeed_optimizer._Checked)

@@ -67,11 +67,11 @@ def as_matrix(array):
 
 
 def matrices_of(model):
-    """The rule as a person would apply it: weights of linear layers and of convolutions."""
+    """The rule as a person would apply it: weights of linear layers and of convolutions, but not what embeds patches."""
     return {
         f"{name}.weight": as_matrix
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name != "pos_embed.proj"
     }
 
 
