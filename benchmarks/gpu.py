@@ -44,6 +44,7 @@ from torch import nn
 
 import hf_sai
 from hf_sai.memory import memory_rows
+from hf_sai.model_build import shapes_of
 from hf_sai.optim.whitening import swan_direction
 
 
@@ -357,7 +358,7 @@ class Acceptance:
     def _trained(self, name: str) -> Result:
         where = self.where
         with torch.device("meta"):
-            row = memory_rows(llama(where.tiny, BF16), [name])[0]
+            row = memory_rows(shapes_of(llama(where.tiny, BF16)), [name])[0]
         before, model = where.allocated(), llama(where.tiny, BF16).to(where.device)
         if name == "adamw":
             optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -67,7 +67,7 @@ def as_matrix(array):
 
 
 def matrices_of(model):
-    """The rule as a person would apply it: weights of linear layers and of convolutions, but not what embeds patches."""
+    """The rule as a person would apply it: weights of linear layers and convolutions, but not what embeds patches."""
     return {
         f"{name}.weight": as_matrix
         for name, module in model.named_modules()
