@@ -215,7 +215,7 @@ class Acceptance:
 
     def _ahead(self) -> Result:
         told: list[str] = []
-        logger = logging.getLogger("hf_sai.optim.swan")
+        logger = logging.getLogger("hf_sai.optim.base")
         note = lambda record: told.append(record.getMessage()[:100]) or True  # noqa: E731
         logger.addFilter(note)
         try:
