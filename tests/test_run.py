@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import signal
 import sys
 from pathlib import Path
@@ -144,6 +145,7 @@ def test_two_processes_through_torchrun_end_with_the_same_weights(tmp_path):
     assert_ended(done)
     assert done.stderr.count("hf-sai: SGDSaI ran, 4 steps; report in ") == 1  # the first process alone
     report = GSNRReport.load(tmp_path)
+    assert datetime.date.fromisoformat(report.run.pop("date"))
     assert (report.run, len(report.tensors)) == ({"measurements": 13, "world_size": 2}, 13)
     assert (tmp_path / "gsnr_report.png").is_file()
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))

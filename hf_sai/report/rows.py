@@ -141,7 +141,7 @@ def split_name(name: str, lists: Mapping[str, bool] = _NO_LISTS) -> tuple[str, i
     repeats = (i for i in numbers if lists.get(".".join(parts[:i]), i > 0 and bool(_LIST.search(parts[i - 1]))))
     layer = next(repeats, numbers[0] if numbers else None)
     rest = parts if layer is None else parts[layer + 1 :]
-    if layer is not None and not _says(".".join(rest)):
+    if layer is not None and not (rest and _says(".".join(rest))):
         rest, layer = parts, None  # a bare nn.Sequential: the number is all there is
     if rest[-1] == "weight" and len(rest) > 1:
         rest = rest[:-1]
