@@ -16,7 +16,7 @@ from hf_sai.optim.registry import get_record
 from trainer_patches import deepspeed_optimizer
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "deepspeed"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "zero"
 SGD_SAI = get_record("sgd_sai")
 
 
