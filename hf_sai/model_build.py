@@ -234,9 +234,11 @@ def _usual_class(config: Any, source: str) -> Any:
     others = sorted(name for name in vars(modeling_auto) if name.startswith("MODEL_FOR") and name.endswith("_MAPPING"))
     for name in ("MODEL_MAPPING", *others):
         mapping = getattr(modeling_auto, name)
-        if type(config) in mapping:
+        try:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+        except (KeyError, ValueError):  # the second where the table names a class that is not there
+            continue
+        return found[0] if isinstance(found, tuple) else found
     raise ValueError(
         f"'architectures' of {source} must name a model of transformers but names none, and transformers has none for "
         f"model_type {config.model_type!r} alone; add the name of the class to config.json"

@@ -310,7 +310,7 @@ def test_few_collectives_in_steps_that_measure_and_none_in_others(tmp_path):
     for counts, refused in on_ranks(2, counting_worker, tmp_path):
         # The first has the check of the layout too; `late` is pending until the third step. Where a tensor is measured
         # for the first time its weights are looked at as well.
-        assert counts == [3, 1, 2, 0, 0, 0]
+        assert counts == [2, 1, 1, 0, 0, 0]
         assert refused.startswith(
             "SGDSaI with lora_policy='paired' needs whole factors, but DeepSpeed ZeRO hands over"
         )
