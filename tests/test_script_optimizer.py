@@ -110,7 +110,9 @@ def test_what_is_not_used_and_an_adamw_rate_are_said_once(run_script, caplog):
         run_script("--params", "groups", "--learning_rate", "1e-4")
     said = [record.getMessage() for record in caplog.records if record.name == "hf_sai.stand_in"]
     assert said[0] == "sgd_sai does not use what the script sets for AdamW: betas, eps."
-    assert said[1].startswith("lr=0.0001 is a usual one for AdamW and small for sgd_sai: start at 1e-2 for full")
+    assert said[1].startswith(
+        "lr=0.0001 is a usual one for AdamW and small for sgd_sai: with normalize=none start at 1e-3 on pretrained"
+    )
     assert len(said) == 2
 
 
