@@ -167,8 +167,8 @@ _SGD_SAI = OptimizerRecord(
     paper="2412.11768",
     learning_rate_hint=(
         "with normalize=none start at 1e-3 on pretrained weights (1e-4 to 1e-3; LoRA too, with lora_policy=paired), "
-        "and at 1e-2 on random ones; with normalize=max, multiply by the largest g-SNR in the report; with normalize=rms, "
-        "start at AdamW's"
+        "and at 1e-2 on random ones; with normalize=max, multiply by the largest g-SNR in the report; with "
+        "normalize=rms, start at AdamW's"
     ),
     grouping=sgd_sai_groups,
     saved_keys=sgd_options.SAVED_KEYS,
