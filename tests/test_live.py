@@ -222,7 +222,9 @@ def test_optimizers_of_others_are_left_alone(tmp_path):
     model = tiny_llama()
     optimizer = torch.optim.AdamW(tiny_llama().parameters())
     args = arguments(tmp_path, optim="adamw_torch", max_steps=1)
-    Trainer(model, args, train_dataset=token_blocks(), optimizers=(optimizer, None)).train()
+    trainer = Trainer(model, args, train_dataset=token_blocks(), optimizers=(optimizer, None))
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_what_watches_the_trainings_is_taken_back():

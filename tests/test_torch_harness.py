@@ -271,9 +271,13 @@ def test_can_load_older_state_dict(cls, options):
     for group in old["param_groups"]:
         for key in ("maximize", "foreach", "fused", "stochastic_rounding", "max_batch_bytes"):
             group.pop(key, None)
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    before = weight.detach().clone()
     optimizer.load_state_dict(old)
+    assert [{key: group[key] for key in kept} for group, kept in zip(optimizer.param_groups, own, strict=True)] == own
     closure_of(optimizer, weight, bias, given)()
     optimizer.step()
+    assert not torch.equal(weight, before)
 
 
 @ALL
