@@ -70,6 +70,11 @@ class Both:
         for optimizer in self.optimizers:
             optimizer.step()
 
+    def zero_grad(self) -> None:
+        """Of both."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
 
 def make_optimizer(name: str, model: torch.nn.Module, lr: float, **options: Any) -> Any:
     """No weight decay anywhere: the comparison is of updates."""
