@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,38 @@ def test_links_to_files_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def messages(path):
+    """The texts of a module, each as its constant parts: what stands between values that are filled in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "%s" for part in node.values]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = [node.value]
+        else:
+            continue
+        yield re.sub(r"%[sdgr]|%\.\d\w", "\0", "".join(parts))
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
+    sources = [path for folder in ("hf_sai", "trainer_patches") for path in (ROOT / folder).rglob("*.py")]
+    known = {text for path in sources for text in messages(path)}
+    cells = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    quotes = [cell.strip("`") for cell in cells if "host's" not in cell]
+    assert len(quotes) > 40
+    for quote in quotes:
+        pattern = re.compile(".*".join(map(re.escape, re.split(r" ?\.\.\. ?", quote))), re.S)
+        assert any(pattern.search(text) for text in known), quote
+
+
+def test_the_texts_name_the_oldest_python_of_the_package():
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    texts = [*PAGES, ROOT / "RELEASE.md", ROOT / "constraints.txt"]
+    named = {path.name: set(re.findall(r"Python (3\.\d+)(?![\d.]*\d)", path.read_text())) - {oldest} for path in texts}
+    assert not any(named.values()), named
+    assert all(f"Python {oldest} or later" in path.read_text() for path in PAGES if path.stem in ("README", "index"))
+    assert f'python-version: "{oldest}"' in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
 def test_the_site_builds_without_a_warning(tmp_path, monkeypatch):
