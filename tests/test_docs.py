@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import connected, loopback_hub
+from peft import LoraConfig, get_peft_model
 from support.models import tiny_llama, token_blocks
 from typer.testing import CliRunner
 
+import hf_sai
 from hf_sai.cli import app
+from hf_sai.optim.registry import list_records
+from hf_sai.report import GSNRReport
+from hf_sai.report.rows import RouteRow, TensorRow
 
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +106,27 @@ def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
     for quote in quotes:
         pattern = re.compile(".*".join(map(re.escape, re.split(r" ?\.\.\. ?", quote))), re.S)
         assert any(pattern.search(text) for text in known), quote
+
+
+def test_formats_has_every_key_of_a_state_and_every_field_of_a_report():
+    page = (ROOT / "docs/formats.md").read_text()
+    model = tiny_llama()
+    with_adapter = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    keys = {field.name for cls in (GSNRReport, TensorRow, RouteRow) for field in dataclasses.fields(cls)}
+    for optimizer in (
+        hf_sai.create_optimizer("sgd_sai", model.bfloat16(), kahan_sum=True),
+        hf_sai.create_optimizer("sgd_sai", with_adapter, lora_policy="paired"),
+        hf_sai.create_optimizer("swan", model, momentum=0.9),
+    ):
+        held = {param for group in optimizer.param_groups for param in group["params"]}
+        for param in held:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        state = optimizer.state_dict()
+        keys.update(*state["state"].values(), *state["param_groups"])
+    options = {option.name for record in list_records() for option in record.options}
+    missing = {key for key in keys - options - {"params", "lr"} if f"`{key}`" not in page}
+    assert not missing
 
 
 def test_the_texts_name_the_oldest_python_of_the_package():
