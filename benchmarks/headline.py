@@ -20,8 +20,8 @@ from hf_sai.optim.routing import ADAM
 
 
 SGD_SAI, SWAN, ADAMW, THEIRS, PORT, MUON = COLUMNS = (
-    "SGD-SaI here",
-    "SWAN here",
+    "SGD-SaI",
+    "SWAN",
     "AdamW",
     "sgd-sai",
     "pytorch-optimizer",
@@ -101,7 +101,8 @@ def main() -> None:
         "optimizer state, Llama-2-7B in float32, GiB": state_of_llama(),
         "time of a step, GPT-2 small (fused SGD: 1)": step_of_gpt2(),
         "time of a step, 84 matrices (Muon: 1)": step_of_matrices(),
-        "LLaMA from random weights, held-out loss": language_model("lm_pretraining_64x2_200"),
+        "LLaMA of 4 layers from random weights, held-out loss": language_model("lm_pretraining_128x4_400"),
+        "LLaMA of 2 layers from random weights, held-out loss": language_model("lm_pretraining_64x2_200"),
         "LoRA r = 4, held-out loss": adapter(4, of_adapters),
         "LoRA r = 16, held-out loss": adapter(16, of_adapters),
         "LoRA factors that train": first_step("LoRA: factors that train in 20 steps"),

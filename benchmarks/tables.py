@@ -6,10 +6,11 @@ Tables in texts that come out of result files, and a check that they still do.
 
 A text marks a table by two comments, between which nothing else stands:
 
-    <!-- table: benchmarks/results/optimizer_step_cpu.md#2 columns: optimizer, median ms -->
+    <!-- table: benchmarks/results/optimizer_step_cpu.md#2 columns: optimizer, median ms rows: 1, 3 -->
     <!-- end of table -->
 
-`#2` is the second table of the file; without it the whole file stands there. `columns` chooses some of them.
+`#2` is the second table of the file; without it the whole file stands there. `columns` chooses some of its columns by
+name, `rows` some of its rows by number, from 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _MARK = re.compile(
-    r"(?P<start><!-- table: (?P<file>[\w./-]+\.md)(?:#(?P<number>\d+))?(?: columns: (?P<columns>[^>]+?))? -->\n)"
+    r"(?P<start><!-- table: (?P<file>[\w./-]+\.md)(?:#(?P<number>\d+))?(?: columns: (?P<columns>[^>]+?))?"
+    r"(?: rows: (?P<rows>[\d, ]+))? -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end of table -->)",
     re.DOTALL,
 )
@@ -61,6 +63,20 @@ def chosen(table: str, columns: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(row[place] for place in places) + " |" for row in rows)
 
 
+def some_rows(table: str, numbers: Sequence[int]) -> str:
+    """
+    Some rows of a table, counted from 1 below its head, in the order that is asked for.
+
+    Raises:
+        `TableError`: It has no such row.
+    """
+    head, rule, *rows = table.splitlines()
+    odd = [number for number in numbers if not 1 <= number <= len(rows)]
+    if odd:
+        raise TableError(f"a mark must name rows of its table but names {odd[0]}; there are {len(rows)}")
+    return "\n".join([head, rule, *(rows[number - 1] for number in numbers)])
+
+
 def expected(mark: re.Match[str], root: Path = ROOT) -> str:
     """
     What has to stand between the two comments of a mark.
@@ -81,6 +97,8 @@ def expected(mark: re.Match[str], root: Path = ROOT) -> str:
         text = found[int(mark["number"]) - 1]
     if mark["columns"] is not None:
         text = chosen(text, [column.strip() for column in mark["columns"].split(",")])
+    if mark["rows"] is not None:
+        text = some_rows(text, [int(number) for number in mark["rows"].split(",")])
     return f"{text}\n"
 
 

@@ -53,7 +53,7 @@ class GSNRCallback(TrainerCallback):
     Example:
 
     ```python
-    trainer = SFTTrainer(model, args=SFTConfig(optim="sgd_sai", learning_rate=0.1), train_dataset=data)
+    trainer = SFTTrainer(model, args=SFTConfig(optim="sgd_sai", learning_rate=1e-3), train_dataset=data)
     trainer.add_callback(GSNRCallback(trainer))
     ```
 

@@ -78,7 +78,7 @@ def optimizer_cls_and_kwargs(
     Example:
 
     ```python
-    choice = optimizer_cls_and_kwargs("sgd_sai", lr=0.1, normalize="none")
+    choice = optimizer_cls_and_kwargs("sgd_sai", lr=1e-3, normalize="none")
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=choice)
     ```
     """

@@ -215,7 +215,7 @@ def make_trainer(cls: type[Trainer]) -> type[Trainer]:
     Example:
 
     ```python
-    trainer = make_trainer(SFTTrainer)(model, args=SFTConfig(optim="sgd_sai", learning_rate=0.1), train_dataset=data)
+    trainer = make_trainer(SFTTrainer)(model, args=SFTConfig(optim="sgd_sai", learning_rate=1e-3), train_dataset=data)
     ```
     """
     if not (isinstance(cls, type) and issubclass(cls, Trainer)):

@@ -367,4 +367,4 @@ def test_the_committed_headline_is_that_of_the_other_results(results, monkeypatc
     headline.main()
     written, markdown = read(results, "headline")
     assert written["rows"] == json.loads((RESULTS / "headline.json").read_text())["rows"]
-    assert markdown.splitlines()[:12] == (RESULTS / "headline.md").read_text().splitlines()[:12]
+    assert markdown.splitlines()[:13] == (RESULTS / "headline.md").read_text().splitlines()[:13]

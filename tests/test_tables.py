@@ -8,7 +8,7 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-RESULT = "Two.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n| c |\n| --- |\n| 3 |\n\nMeasured.\n"
+RESULT = "Two.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n| c |\n| --- |\n| 3 |\n| 2 |\n\nMeasured.\n"
 
 
 @pytest.fixture
@@ -37,9 +37,11 @@ def text(tmp_path):
     [
         ("result.md", RESULT),
         ("result.md#1", "| a | b |\n| --- | --- |\n| 1 | 2 |\n"),
-        ("result.md#2", "| c |\n| --- |\n| 3 |\n"),
+        ("result.md#2", "| c |\n| --- |\n| 3 |\n| 2 |\n"),
         ("result.md#1 columns: b", "| b |\n| --- |\n| 2 |\n"),
         ("result.md#1 columns: b, a", "| b | a |\n| --- | --- |\n| 2 | 1 |\n"),
+        ("result.md#2 rows: 2, 1", "| c |\n| --- |\n| 2 |\n| 3 |\n"),
+        ("result.md#1 columns: b rows: 1", "| b |\n| --- |\n| 2 |\n"),
     ],
 )
 def test_a_table_is_checked_and_written(tables, text, tmp_path, mark, body):
@@ -68,6 +70,7 @@ def test_a_mark_without_an_end_is_told(tables, tmp_path):
         ("none.md", "none.md does not exist; run its benchmark"),
         ("result.md#3", "result.md has 2 tables, but a mark asks for 3"),
         ("result.md#1 columns: z", "names 'z'; there are: \\['a', 'b'\\]"),
+        ("result.md#1 rows: 2", "names 2; there are 1"),
     ],
 )
 def test_a_mark_that_names_nothing_is_an_error(tables, text, tmp_path, mark, message):
