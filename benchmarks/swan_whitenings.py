@@ -29,12 +29,12 @@ import lora_finetuning
 import lr_wd_grid
 import torch
 from common import command, finished, machine, markdown_table, write_results
-from lm_pretraining import make_optimizer, train
+from lm_pretraining import cached_train, make_optimizer
 
 
 NAME = "swan_whitenings"
 WHITENINGS: dict[str, dict[str, Any]] = {
-    "SWAN, polar, 3 steps (default)": {"whitening": "polar", "ns_steps": 3},
+    "SWAN, polar, 3 steps (default)": {},
     "SWAN, polar, 2 steps": {"whitening": "polar", "ns_steps": 2},
     "SWAN, polar_express": {"whitening": "polar_express"},
     "SWAN, svd": {"whitening": "svd"},
@@ -76,9 +76,8 @@ def language_model(width: int, layers: int, steps: int, seeds: int) -> Task:
 
     def run(label: str, lr: float, seed: int) -> dict[str, Any]:
         name, options = optimizer_of(label)
-        setting = {"optimizer": name, "lr": lr, "seed": seed, "steps": steps, "width": width, "layers": layers}
-        one = functools.partial(train, name, lr, seed, steps, width, layers, **options)
-        return dict(finished(NAME, {**setting, **options}, one))
+        size = {"width": width, "layers": layers, "architecture": "llama"}
+        return cached_train(name, lr, seed, steps, **size, **options)  # what lm_pretraining.py trained is there
 
     title = f"Byte-level LLaMA, {layers} layers, {width} wide, {steps} steps of 16 x 128 bytes"
     return Task(f"{width}x{layers}_{steps}", title, seeds, rates, run)
