@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
