@@ -270,6 +270,6 @@ def look_after(trainer: Any, resume_from_checkpoint: Any = None) -> None:
 
 
 @functools.cache
-def _reporting(cls: type) -> type:
+def _reporting(cls: Any) -> type:
     fields = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls)(cls.__name__, (ReportingMixin, cls), fields)

@@ -52,6 +52,7 @@ FLOORS = {
     "hf_sai.keeper": 4,
     "hf_sai.callback": 5,
     "hf_sai.script_report": 5,
+    "hf_sai.startup": 7,
     "hf_sai.stand_in": 5,
     "hf_sai.registration": 5,
     "hf_sai.trainer": 5,

@@ -174,7 +174,8 @@ def settings_of_own_groups(args: Any) -> list[str]:
 
     The first four are axolotl's, whose `OptimizerMixin.create_optimizer` drops its groups where a handler gives some
     (seen at commit 0e4982e). `learning_rate_mapping` is sentence-transformers' (6.2), which takes tensors out of a
-    handler's groups. The last three are ms-swift's (4.6), which hands its groups on beside a handler's. Remove each when its host takes a handler's groups as they are.
+    handler's groups. The last three are ms-swift's (4.6), which hands its groups on beside a handler's. Remove each
+    when its host takes a handler's groups as they are.
     """
     names = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio", "learning_rate_mapping")
     found = [name for name in (*names, "vit_lr", "aligner_lr") if getattr(args, name, None)]

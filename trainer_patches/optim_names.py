@@ -142,8 +142,8 @@ def _restore_host() -> None:
         parser = getattr(module, OPTIM_ARGS_PARSER, None)
         if isinstance(parser, _Parser):
             setattr(module, OPTIM_ARGS_PARSER, parser.replaces)
-    if _ARGUMENTS_MODULE in sys.modules:
-        copyreg.dispatch_table.pop(getattr(sys.modules[_ARGUMENTS_MODULE], "OptimizerNames", None), None)  # type: ignore[call-overload]
+    with contextlib.suppress(KeyError, UnsupportedHostError):
+        del copyreg.dispatch_table[optimizer_names(sys.modules[_ARGUMENTS_MODULE])]
 
 
 def _add_member(enum: Any, name: str) -> None:
