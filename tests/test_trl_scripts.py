@@ -27,9 +27,7 @@ ROWS = {
     "grpo": {"prompt": range(1, 4)},
 }
 # A reward that differs between completions: without that no gradient.
-REWARDS = (
-    "def of_letters(completions, **unused):\n    return [float(sum(map(ord, each)) % 7) for each in completions]\n"
-)
+REWARDS = "def of_letters(completions, **unused):\n    return [sum(map(ord, each)) % 7.0 for each in completions]\n"
 GRPO = ["--reward_funcs", "rewards.of_letters", "--num_generations", "2", "--max_completion_length", "6"]
 # In CI each script, each optimizer, with and without an adapter; all of them with HF_SAI_LONG_TESTS=1.
 OPTIM_ARGS = {"sgd_sai": "momentum=0.8", "swan": "scale=2.0"}
@@ -90,7 +88,7 @@ def check(folder, script, optim, peft):
     report = GSNRReport.load(folder / "out")
     assert report == GSNRReport.load(folder / "out" / "checkpoint-2")
     assert {row.name for row in report.tensors or report.routes} == trained_names(script, peft)
-    assert "<!-- hf-sai:begin -->" in (folder / "out" / "checkpoint-2" / "README.md").read_text()
+    assert "<!-- hf-sai:begin -->" in (folder / "out" / "README.md").read_text()
     names = [name for group in saved["param_groups"] for name in group["param_names"]]
     assert sorted(names) == sorted(trained_names(script, peft))
     if optim == "sgd_sai":
