@@ -137,7 +137,7 @@ def test_names_are_given_by_identity_and_not_overwritten():
 
 
 class OwnGroups(Trainer):
-    """As sentence-transformers (`learning_rate_mapping`) and ms-swift (`vit_lr`) build theirs, word for word in kind."""
+    """As sentence-transformers (`learning_rate_mapping`) and ms-swift (`vit_lr`) build theirs."""
 
     way = "beside"
 
@@ -148,7 +148,7 @@ class OwnGroups(Trainer):
         ]
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
         if self.way == "taken out":
-            inside = {param for param in groups[0]["params"]}
+            inside = set(groups[0]["params"])
             base = kwargs.pop("params", [{"params": groups[1]["params"]}])
             base = [{**group, "params": [p for p in group["params"] if p not in inside]} for group in base]
             groups = [groups[0], *base]
