@@ -97,9 +97,9 @@ def test_names_are_registered_before_the_script_builds_its_parser(tmp_path):
 CHILD = """
 import sys
 before = "hf_sai" in sys.modules
-from transformers.training_args import OptimizerNames
-names = [member.value for member in OptimizerNames]
-print(before, "swan" in names, [each for each in sys.path if "hf_sai" in each], sys.flags.mark)
+import transformers
+known = "hf_sai" in sys.modules
+print(before, known, [each for each in sys.path if "hf_sai" in each], getattr(sys, "mark", None))
 """
 PARENT = """
 import os, subprocess, sys
@@ -111,7 +111,6 @@ if "-c" not in command:  # and one that a child starts
 """
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("arguments", "changed", "expected"),
     [
@@ -123,7 +122,7 @@ if "-c" not in command:  # and one that a child starts
 )
 def test_children_of_a_script_know_the_names_when_they_need_them(tmp_path, arguments, changed, expected):
     """As llamafactory-cli, swift and axolotl start theirs. The sitecustomize of others runs as ever."""
-    (tmp_path / "child.py").write_text(CHILD.replace("sys.flags.mark", "getattr(sys, 'mark', None)"))
+    (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "parent.py").write_text(PARENT)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "sitecustomize.py").write_text("import sys\nsys.mark = 'theirs'\n")
@@ -132,7 +131,6 @@ def test_children_of_a_script_know_the_names_when_they_need_them(tmp_path, argum
     assert (done.stdout, done.returncode) == (expected, 0)
 
 
-@pytest.mark.timeout(120)
 def test_torchrun_that_a_script_starts_trains_and_reports(tmp_path):
     (tmp_path / "train.py").write_text(
         "import sys, torch\n"
