@@ -23,6 +23,7 @@ _NAMES = {
     ".optim": "OptionError SGDSaI SGDSaILayerwise SWAN SWANLayerwise convert_lr measure_gsnr optimizer_state_bytes",
     ".registration": "register unregister",
     ".report": "GSNRReport",
+    ".script_report": "write_report",
     ".trainer": "SaITrainer SaITrainerMixin make_trainer",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # the same for a type checker or an editor, which runs nothin
     from .registration import register as register
     from .registration import unregister as unregister
     from .report import GSNRReport as GSNRReport
+    from .script_report import write_report as write_report
     from .trainer import SaITrainer as SaITrainer
     from .trainer import SaITrainerMixin as SaITrainerMixin
     from .trainer import make_trainer as make_trainer

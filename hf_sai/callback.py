@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -14,7 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trainer_patches import trainings_are_watched
+from trainer_patches.compat import trains_loaded_weights
+
 from .config import SaIConfig
+from .files import warning_instead
 from .hub.host_lines import is_repo_id
 from .keeper import FILES, ReportKeeper
 from .live import (
@@ -25,7 +30,7 @@ from .live import (
     optim_name,
     unwrap_optimizer,
 )
-from .optim.registry import list_records, record_of
+from .optim.registry import get_record, list_records, record_of
 from .premeasure import premeasure
 from .report import GSNRReport, ReportError, thinned
 
@@ -85,26 +90,35 @@ class GSNRCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks the optimizer and the learning rate before the first step."""
-        begin_training(args, kwargs.get("model"), kwargs.get("optimizer"))
-        if optim_name(args) in {record.name for record in list_records()}:
-            warn_if_learning_rate_is_adams(args)
+        live, model = unwrap_optimizer(kwargs.get("optimizer")), kwargs.get("model")
+        if not trainings_are_watched():  # a version of the host that is not known
+            begin_training(args, model, kwargs.get("optimizer"))
         self._keeper.clear()
-        live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             if state.is_world_process_zero:
-                _put_aside_reports(Path(args.output_dir))
+                with self._failing_softly():
+                    _put_aside_reports(Path(args.output_dir))
             return
         check_sharded(live, args)
-        if kwargs.get("model") is not None:
-            name_parameters(live, kwargs["model"])
-        if count_measurements(live):  # resumed: what it was measured on stands in the report of then
+        with self._failing_softly():
+            if optim_name(args) in {record.name for record in list_records()}:
+                warn_of_learning_rate(args, live, model)
+            if model is not None:
+                name_parameters(live, model)
+        if not count_measurements(live):
+            if self.config.gsnr_premeasure_batches:
+                premeasure(live, self.trainer, kwargs["train_dataloader"], self.config.gsnr_premeasure_batches)
+            return
+        with self._failing_softly():  # resumed: what it was measured on stands in the report of then
             report = self._read(args, state, live, **kwargs)
             for folder in (self.resumed_from, args.output_dir):
                 report = _with_earlier_facts(report, folder, state.global_step)
             self._keeper.report = report
             self._write_news(args, state)
-        elif self.config.gsnr_premeasure_batches:
-            premeasure(live, self.trainer, kwargs["train_dataloader"], self.config.gsnr_premeasure_batches)
+
+    def _failing_softly(self) -> contextlib.AbstractContextManager[None]:
+        """No fault of a report is worth a training run."""
+        return warning_instead(logger, self._keeper.warning)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,8 +136,11 @@ class GSNRCallback(TrainerCallback):
     ) -> None:
         """Reads the statistics, and writes and logs where something was measured."""
         live = unwrap_optimizer(kwargs.get("optimizer"))
-        if record_of(live) is None:
-            return
+        if record_of(live) is not None:
+            with self._failing_softly():
+                self._take_news(args, state, live, **kwargs)
+
+    def _take_news(self, args: TrainingArguments, state: TrainerState, live: Any, **kwargs: Any) -> None:
         if self._keeper.has_news(live):
             report = self._read(args, state, live, **kwargs)
             self._write_news(args, state)
@@ -230,23 +247,49 @@ def _with_earlier_facts(report: GSNRReport, folder: str | os.PathLike[str] | Non
     return dataclasses.replace(report, run=before.run, history=history)
 
 
-def warn_if_learning_rate_is_adams(args: TrainingArguments) -> None:
-    """One warning where `learning_rate` is still the default of the arguments' class, which is tuned for Adam."""
+def warn_of_learning_rate(args: TrainingArguments, optimizer: Any, model: Any = None) -> None:
+    """
+    One warning where `learning_rate` is still the default of the arguments' class, which is tuned for Adam, and one
+    where it is far above what pretrained weights that are trained as a whole were found to take.
+
+    Silent for an optimizer whose rates are AdamW's: by its record, or with `normalize="rms"`.
+
+    Args:
+        args (`transformers.TrainingArguments`): Of the training.
+        optimizer (`torch.optim.Optimizer`): Without a wrapper.
+        model (`torch.nn.Module`, *optional*): That is trained; without it nothing is known of its weights.
+    """
+    record = get_record(optim_name(args))
+    normalize = {group.get("normalize") for group in optimizer.param_groups}
+    if record.adam_rates or normalize == {"rms"}:
+        return
+    fitting = ""
+    if record.pretrained_rates and "max" not in normalize and model is not None and trains_loaded_weights(model):
+        fitting = "{:g} to {:g} on pretrained weights that are trained as a whole; start at {:g}".format(
+            *record.pretrained_rates, record.pretrained_rates[1]
+        )
+    if args.learning_rate == _default_rate(args):
+        logger.warning(
+            "learning_rate is %g, the default of %s, which is made for Adam; %s needs another: %s.",
+            args.learning_rate,
+            type(args).__name__,
+            record.name,
+            fitting or record.learning_rate_hint,
+        )
+    elif fitting and args.learning_rate > 2.5 * record.pretrained_rates[1]:
+        logger.warning(
+            "learning_rate is %g, which is high for %s: it needs %s. At ten times that a real model ended at chance.",
+            args.learning_rate,
+            record.name,
+            fitting,
+        )
+
+
+def _default_rate(args: TrainingArguments) -> Any:
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     # Unsloth's classes have other defaults than their fields: in an __init__ of their own.
     defaults |= {name: each.default for name, each in inspect.signature(type(args)).parameters.items()}
-    if args.learning_rate != defaults.get("learning_rate"):
-        return
-    record = next(record for record in list_records() if record.name == optim_name(args))
-    if record.adam_rates:
-        return
-    logger.warning(
-        "learning_rate is %g, the default of %s, which is made for Adam; %s needs another: %s.",
-        args.learning_rate,
-        type(args).__name__,
-        record.name,
-        record.learning_rate_hint,
-    )
+    return defaults.get("learning_rate")
 
 
 def _origin(args: TrainingArguments, model: Any) -> dict[str, str]:

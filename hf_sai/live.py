@@ -29,6 +29,22 @@ def optim_name(args: Any) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+def trains_ours(trainer: Any) -> bool:
+    """
+    Whether a Trainer trains with one of our optimizers: that it was given, or that it is going to make.
+
+    Args:
+        trainer (`transformers.Trainer`): Before or after its optimizer is made.
+    """
+    if trainer.optimizer is not None:
+        return record_of(unwrap_optimizer(trainer.optimizer)) is not None
+    choice = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    records = list_records()
+    if choice is not None:
+        return any(choice[0] is record.cls for record in records)
+    return optim_name(trainer.args) in {record.name for record in records}
+
+
 def begin_training(args: Any, model: Any, optimizer: Any) -> None:
     """
     What every Trainer's training begins with, once `hf_sai` is imported: that what steps is what was asked for, and

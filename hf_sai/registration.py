@@ -30,7 +30,8 @@ def register() -> None:
     Makes the names of [`hf_sai.optim.list_records`] valid for `TrainingArguments(optim=...)`; done by `import hf_sai`.
 
     Every Trainer then checks, before the first step, that our optimizer runs where it was asked for, and that it was
-    made for the model that is trained.
+    made for the model that is trained. It warns of a learning rate that is Adam's, and writes the report and its
+    section of the card, as [`SaITrainer`] does; with `HF_SAI_REPORT=0` in the environment it does not.
 
     Idempotent. Neither transformers nor torch is imported by it; the names appear when transformers is.
 
@@ -41,7 +42,7 @@ def register() -> None:
     for row in optimizer_table():
         trainer_patches.add_optimizer(row["name"], functools.partial(_handle, row["name"]))
     trainer_patches.check_deepspeed(__name__, _check_deepspeed)
-    trainer_patches.watch_trainings(_begin_training, _end_training)
+    trainer_patches.watch_trainings(_start_training, _begin_training, _end_training)
     if not _registered:
         _registered = True
         wrapt.register_post_import_hook(_watch, _REGISTRY)
@@ -84,6 +85,15 @@ def _check_deepspeed(args: Any, config: dict[str, Any]) -> None:
     from .integration import check_deepspeed
 
     check_deepspeed(args, config)
+
+
+def _start_training(trainer: Any, resume_from_checkpoint: Any) -> None:
+    from .live import trains_ours
+
+    if trains_ours(trainer):
+        from .trainer import look_after
+
+        look_after(trainer, resume_from_checkpoint)
 
 
 def _begin_training(args: Any, model: Any, optimizer: Any) -> None:

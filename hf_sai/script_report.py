@@ -1,18 +1,82 @@
-"""The report of a script that knows nothing of us: read from its optimizer, written beside what the script saves."""
+"""Reports without a Trainer: of a loop that asks for one, and of a script that knows nothing of us."""
 
 from __future__ import annotations
 
 import logging
+import os
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import warning_instead
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .files import warning_instead, write_whole
 from .hub.card import update_card
 from .keeper import ReportKeeper
+from .live import name_parameters, unwrap_optimizer
+from .report import GSNRReport
 
 
 logger = logging.getLogger(__name__)
+
+
+def write_report(
+    optimizer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> GSNRReport:
+    """
+    Report, picture and our section of the model card for a training without a Trainer: a plain loop, accelerate's or
+    Lightning's. Call it after the last step, once the model is saved, and before a push.
+
+    A `README.md` that stands in the folder keeps its text; where there is none, one with our section is begun. Of
+    several processes the first writes.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): One of ours, or a wrapper of it, as accelerate, Lightning and DeepSpeed
+            have them.
+        folder (`str` or path): Where the model is. Made where it is missing.
+        model (`torch.nn.Module`, *optional*): Where names of tensors come from, for an optimizer that was made
+            without them; [`hf_sai.create_optimizer`] has given them.
+        facts (mapping, *optional*): Of the run, plain values that the report holds, such as
+            `{"effective_batch_size": 32}`. Everybody can read them.
+
+    Returns:
+        `GSNRReport`: What was written.
+
+    Raises:
+        `TypeError`: The optimizer is none of ours.
+        `OSError`: A file can't be written.
+
+    Example:
+
+    ```python
+    optimizer = hf_sai.create_optimizer("sgd_sai", model, lr=1e-3)
+    ...  # the loop
+    model.save_pretrained("out")
+    hf_sai.write_report(optimizer, "out")
+    ```
+    """
+    live = unwrap_optimizer(optimizer)
+    if model is not None and isinstance(live, torch.optim.Optimizer):
+        name_parameters(live, model)
+    several = dist.is_available() and dist.is_initialized()
+    known = {"world_size": dist.get_world_size() if several else 1, **(facts or {})}
+    report = ReportKeeper("").read(live, known)
+    if not several or dist.get_rank() == 0:
+        report.save(folder)
+        card = Path(folder) / "README.md"
+        if card.is_file():
+            update_card(card, report)
+        else:
+            write_whole(card, f"# {card.absolute().parent.name}\n".encode())
+            update_card(card, report, earlier="")
+    return report
 
 
 class ScriptReport:

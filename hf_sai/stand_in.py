@@ -176,7 +176,8 @@ class Replacement:
         if unused:
             self._warn_once("%s does not use what the script sets for AdamW: %s.", name, ", ".join(unused))
         like_adamw = [rate for rate in rates if any(math.isclose(rate, each) for each in ADAMW_LEARNING_RATES)]
-        if like_adamw and not self.record.adam_rates:
+        as_adam = self.record.adam_rates or {group.get("normalize") for group in optimizer.param_groups} == {"rms"}
+        if like_adamw and not as_adam:
             hint = self.record.learning_rate_hint
             self._warn_once("lr=%g is a usual one for AdamW and small for %s: %s.", like_adamw[0], name, hint)
 

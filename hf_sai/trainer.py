@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from .hub.card import back_on_error, card_aside, keep_card, read_card, update_ca
 from .hub.push import HostPushes
 from .hub.results import plain
 from .integration import decay_rule
-from .live import assert_optimizer, name_parameters, optim_name, unwrap_optimizer
+from .live import assert_optimizer, name_parameters, optim_name, trains_ours, unwrap_optimizer
 from .optim.registry import get_record, list_records, parse_options, record_of
 from .upload import checked_token
 
@@ -29,31 +30,14 @@ from .upload import checked_token
 logger = logging.getLogger(__name__)
 
 
-class SaITrainerMixin:
+class ReportingMixin:
     """
-    What `optim="sgd_sai"` and `optim="swan"` need around any `transformers.Trainer` subclass; put it before that.
+    Before a `transformers.Trainer` subclass: a checked optimizer, the report with every save, its section in the card.
 
-    - Options are read when the trainer is built, not when training starts.
-    - The optimizer that was made is checked to be the one that was asked for.
-    - `gsnr_report.json` and `gsnr_report.png` are written to `output_dir` and into every checkpoint, before a push.
-    - `training_args.bin` holds no token.
-    - The model card gets a section with the report after the host wrote its own.
-
-    With another optimizer it is the plain trainer, but for the token.
-
-    Args:
-        *args: The trainer's own.
-        **kwargs: The trainer's own.
-        sai_config (`SaIConfig`, *optional*): What the run does besides: tracking, measuring before the first update.
-
-    Example:
-
-    ```python
-    class MyTrainer(SaITrainerMixin, Seq2SeqTrainer): ...
-    ```
+    [`SaITrainerMixin`] has it, and [`look_after`] gives it to trainers that were made without us.
     """
 
-    gsnr_callback_class = GSNRCallback
+    gsnr_callback: GSNRCallback
     # What the Trainer behind the mixin has, of any version: for the type checker only.
     args: Any
     model: Any
@@ -63,29 +47,12 @@ class SaITrainerMixin:
     is_world_process_zero: Any
     get_decay_parameter_names: Any
 
-    def __init__(self, *args: Any, sai_config: SaIConfig | None = None, **kwargs: Any) -> None:
-        config = sai_config or SaIConfig()
-        self._hub = HostPushes(config.hub_strict, config.hub_timeout)
-        super().__init__(*args, **kwargs)
-        if self.args.push_to_hub:
-            checked_token(self.args.hub_token)
-        if self._asked_for is not None:
-            parse_options(get_record(self._asked_for), trainer_patches.parse_optim_args(self.args.optim_args))
-        self.gsnr_callback = self.gsnr_callback_class(self, config)
-        self.add_callback(self.gsnr_callback)
-
     @property
     def _asked_for(self) -> str | None:
         """The name of ours that `args.optim` asks for; `None` where it asks for another or is overridden."""
         name = optim_name(self.args)
         overridden = getattr(self, "optimizer_cls_and_kwargs", None) is not None
         return name if not overridden and name in {record.name for record in list_records()} else None
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the host's; a resumed run's report keeps what the checkpoint's says of the measurement."""
-        given = isinstance(resume_from_checkpoint, (str, os.PathLike))
-        self.gsnr_callback.resumed_from = resume_from_checkpoint if given else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Any:
         """
@@ -144,6 +111,66 @@ class SaITrainerMixin:
         name = getattr(self, "hub_model_id", None) or self.args.hub_model_id
         return name if name and "/" in name else None
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        path = folder / "README.md"
+        with trainer_patches.token_free_pickles(self.args), card_aside(path) as before:
+            super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
+        if self.args.should_save:
+            callback = self.gsnr_callback
+            callback.write(folder, self.args.output_dir)
+            report = callback.report if callback.config.sai_report else None
+            with warning_instead(logger, f"{path} could not be written; the model is not concerned."):
+                keep_card(path, before, report, self._full_repo_id())
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with trainer_patches.token_free_pickles(self.args):
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+
+class SaITrainerMixin(ReportingMixin):
+    """
+    What `optim="sgd_sai"` and `optim="swan"` need around any `transformers.Trainer` subclass; put it before that.
+
+    - Options are read when the trainer is built, not when training starts.
+    - The optimizer that was made is checked to be the one that was asked for.
+    - `gsnr_report.json` and `gsnr_report.png` are written to `output_dir` and into every checkpoint, before a push.
+    - `training_args.bin` holds no token.
+    - The model card gets a section with the report after the host wrote its own.
+
+    With another optimizer it is the plain trainer, but for the token.
+
+    Args:
+        *args: The trainer's own.
+        **kwargs: The trainer's own.
+        sai_config (`SaIConfig`, *optional*): What the run does besides: tracking, measuring before the first update.
+
+    Example:
+
+    ```python
+    class MyTrainer(SaITrainerMixin, Seq2SeqTrainer): ...
+    ```
+    """
+
+    gsnr_callback_class = GSNRCallback
+
+    def __init__(self, *args: Any, sai_config: SaIConfig | None = None, **kwargs: Any) -> None:
+        config = sai_config or SaIConfig()
+        self._hub = HostPushes(config.hub_strict, config.hub_timeout)
+        super().__init__(*args, **kwargs)
+        if self.args.push_to_hub:
+            checked_token(self.args.hub_token)
+        if self._asked_for is not None:
+            parse_options(get_record(self._asked_for), trainer_patches.parse_optim_args(self.args.optim_args))
+        self.gsnr_callback = self.gsnr_callback_class(self, config)
+        self.add_callback(self.gsnr_callback)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; a resumed run's report keeps what the checkpoint's says of the measurement."""
+        given = isinstance(resume_from_checkpoint, (str, os.PathLike))
+        self.gsnr_callback.resumed_from = resume_from_checkpoint if given else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As the host's; a Hub that can't be reached is a warning, and the push tries again."""
         with self._hub_calls():
@@ -174,21 +201,9 @@ class SaITrainerMixin:
     def _hub_calls(self) -> AbstractContextManager[None]:
         return trainer_patches.replaced_hub_calls(self._hub.create_repo, self._hub.upload_folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        path = folder / "README.md"
-        with trainer_patches.token_free_pickles(self.args), card_aside(path) as before:
-            super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
-        if self.args.should_save:
-            callback = self.gsnr_callback
-            callback.write(folder, self.args.output_dir)
-            report = callback.report if callback.config.sai_report else None
-            with warning_instead(logger, f"{path} could not be written; the model is not concerned."):
-                keep_card(path, before, report, self._full_repo_id())
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with trainer_patches.token_free_pickles(self.args), self._hub_calls():
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        with self._hub_calls():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
         """As the host's; what it waits for ends in time."""
@@ -225,3 +240,36 @@ def make_trainer(cls: type[Trainer]) -> type[Trainer]:
     if issubclass(cls, SaITrainerMixin):
         return cls
     return type(f"SaI{cls.__name__}", (SaITrainerMixin, cls), {"__doc__": f"`SaITrainerMixin` on `{cls.__name__}`."})
+
+
+def look_after(trainer: Any, resume_from_checkpoint: Any = None) -> None:
+    """
+    Has a Trainer that was made without us report its training as [`SaITrainer`] does; `import hf_sai` has this called
+    when the training of any Trainer starts. Pushes stay the host's own.
+
+    Where the trainer has a [`GSNRCallback`], that one is used. Nothing is done for the optimizers of others, and with
+    `HF_SAI_REPORT=0` in the environment. What goes wrong is a warning, and the training goes on as without us.
+
+    Args:
+        trainer (`transformers.Trainer`): Before its optimizer is made. It becomes an instance of a class that derives
+            from its own and has that one's name.
+        resume_from_checkpoint (`str` or `bool`, *optional*): As `train()` got it.
+    """
+    if os.environ.get("HF_SAI_REPORT", "").lower() in ("0", "false", "no", "off") or not trains_ours(trainer):
+        return
+    with warning_instead(logger, "There will be no report of this training; the training is not concerned."):
+        if not isinstance(trainer, ReportingMixin):
+            callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, GSNRCallback)]
+            if not callbacks:
+                callbacks.append(GSNRCallback(trainer))
+                trainer.add_callback(callbacks[0])
+            trainer.gsnr_callback = callbacks[0]
+            trainer.__class__ = _reporting(type(trainer))
+        given = isinstance(resume_from_checkpoint, (str, os.PathLike))
+        trainer.gsnr_callback.resumed_from = resume_from_checkpoint if given else None
+
+
+@functools.cache
+def _reporting(cls: Any) -> type:
+    fields = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls)(cls.__name__, (ReportingMixin, cls), fields)

@@ -108,7 +108,7 @@ def no_picture(monkeypatch):
 def processes():
     """Forks of one process that has imported all: a new one would need seconds for it. The list is read once."""
     context = multiprocessing.get_context("forkserver")
-    trainers = [f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "reward")]
+    trainers = [f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "reward", "grpo")]
     ours = ["support.models", "support.trainers", "hf_sai.trainer", "hf_sai.cli.run", "hf_sai.report.plots"]
     context.set_forkserver_preload([*ours, *trainers])
     with pytest.MonkeyPatch.context() as patch:

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from support.models import tiny_llama, tiny_lora, token_blocks
 from support.trainers import arguments, trainable
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sai
 from hf_sai import GSNRCallback, GSNRReport, OptionError, SaIConfig, SaITrainer, make_trainer
+from hf_sai.callback import warn_of_learning_rate
 from hf_sai.live import unwrap_optimizer
 
 
@@ -177,10 +179,13 @@ def test_callback_gives_the_trainers_report_and_scalars(tmp_path, cls, optim, bu
 
 
 @pytest.mark.parametrize("optim", LEARNING_RATE)
-def test_the_hosts_own_logs_are_those_of_a_run_without_us(tmp_path, optim):
+def test_the_hosts_own_logs_are_those_of_a_run_without_us(tmp_path, optim, monkeypatch):
     """In a step that both log, too."""
     config = SaIConfig(gsnr_track_steps=1 if optim == "sgd_sai" else 0)
-    plain = run(tmp_path / "plain", Trainer, optim, tiny_lora, logging_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_SAI_REPORT", "0")
+        plain = run(tmp_path / "plain", Trainer, optim, tiny_lora, logging_steps=1)
+    assert not [each for each in plain.callback_handler.callbacks if isinstance(each, GSNRCallback)]
     found = run(tmp_path / "found", Trainer, optim, tiny_lora, "added", config=config, logging_steps=1)
     kept = ("step", "loss", "grad_norm", "learning_rate", "epoch")
     logs = [
@@ -269,6 +274,84 @@ def test_the_default_learning_rate_of_generated_arguments_is_warned_about(tmp_pa
     found = [record.getMessage() for record in caplog.records if "made for Adam" in record.getMessage()]
     assert len(found) == warnings
     assert all("3e-05, the default of LikeUnslothArguments" in message for message in found)
+
+
+def loaded(folder):
+    tiny_llama().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def loaded_with_adapter(folder):
+    return get_peft_model(loaded(folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def of_a_loaded_configuration(folder):
+    return AutoModelForCausalLM.from_config(loaded(folder).config)
+
+
+def loaded_but_for_its_head(folder):
+    """What is trained is new."""
+    model = loaded(folder).requires_grad_(False)
+    model.lm_head = torch.nn.Linear(16, 32)
+    return model
+
+
+LOW = "the default of TrainingArguments, which is made for Adam; sgd_sai needs another: "
+PRETRAINED = "0.0001 to 0.001 on pretrained weights that are trained as a whole; start at 0.001."
+ANY = "with normalize=none start at 1e-3 on pretrained weights (1e-4 to 1e-3;"
+
+
+@pytest.mark.parametrize(
+    ("build", "rate", "options", "said"),
+    [
+        (loaded, 5e-5, "", LOW + PRETRAINED),
+        (loaded, 1e-3, "", ""),
+        (loaded, 1e-2, "", "learning_rate is 0.01, which is high for sgd_sai: it needs " + PRETRAINED),
+        (loaded, 1e-2, "normalize=rms", ""),
+        (loaded, 5e-5, "normalize=rms", ""),
+        (loaded, 1e-2, "normalize=max", ""),
+        (loaded, 5e-5, "normalize=max", LOW + ANY),
+        (lambda folder: tiny_llama(), 5e-5, "", LOW + ANY),
+        (lambda folder: tiny_llama(), 1e-2, "", ""),
+        (of_a_loaded_configuration, 1e-2, "", ""),
+        (loaded_with_adapter, 5e-5, "", LOW + ANY),
+        (loaded_with_adapter, 1e-1, "", ""),
+        (loaded_but_for_its_head, 1e-2, "", ""),
+    ],
+)
+def test_a_rate_is_judged_by_the_weights_that_it_is_for(tmp_path, caplog, build, rate, options, said):
+    args = arguments(tmp_path, learning_rate=rate, optim_args=options or None)
+    trainer = Trainer(build(tmp_path / "model"), args)
+    optimizer = trainer.create_optimizer()
+    with caplog.at_level(logging.WARNING, logger="hf_sai"):
+        warn_of_learning_rate(args, optimizer, trainer.model)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(said)
+    assert all(said in message for message in messages)
+    assert not any("1e-2" in message for message in messages if build is loaded and options == "")
+
+
+class Broken(GSNRCallback):
+    """Whose report can neither be read nor written."""
+
+    def _read(self, *args, **kwargs):
+        raise RuntimeError("broken report")
+
+
+@pytest.mark.parametrize("optim", LEARNING_RATE)
+def test_no_fault_of_a_report_ends_a_training(tmp_path, optim, caplog, monkeypatch):
+    expected = run(tmp_path / "expected", Trainer, optim)
+    monkeypatch.setattr("hf_sai.trainer.GSNRCallback", Broken)
+    found = run(tmp_path / "found", Trainer, optim)
+    assert "broken report" in caplog.text
+    monkeypatch.setattr("hf_sai.trainer.GSNRCallback", lambda trainer: 1 / 0)
+    without = run(tmp_path / "without", Trainer, optim)
+    assert "There will be no report of this training" in caplog.text
+    weights = [trainable(each.model) for each in (expected, found, without)]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name])
+        assert torch.equal(value, weights[2][name])
+    assert not list(tmp_path.rglob("without/gsnr_report.json")) + list(tmp_path.rglob("found/gsnr_report.json"))
 
 
 def test_a_schema_that_is_made_after_us_knows_the_names():

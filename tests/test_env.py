@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import hf_sai
 from hf_sai.cli import app
 from hf_sai.cli.env import PACKAGES, environment
+from trainer_patches.compat import NEWEST_TRIED
 
 
 @pytest.fixture
@@ -24,7 +26,8 @@ def installed(monkeypatch):
         "hf_sai": hf_sai.__version__,
         "torch": "2.9.1+cu128",
         "transformers": "5.2.0",
-        "peft": "0.19.1",
+        "peft": "0.21.9",
+        "diffusers": "0.43.0.dev0",
         "huggingface_hub": "1.3.0",
     }
 
@@ -64,9 +67,9 @@ def test_the_list_by_value(installed, monkeypatch, driver):
         "- torch: 2.9.1+cu128",
         "- transformers: 5.2.0",
         "- trl: not installed",
-        "- peft: 0.19.1",
+        "- peft: 0.21.9",
         "- accelerate: not installed",
-        "- diffusers: not installed",
+        "- diffusers: 0.43.0.dev0 (newer than 0.42.1, the newest that was tried)",
         "- huggingface_hub: 1.3.0",
         "- deepspeed: not installed",
         "- NVIDIA GPUs: 2",
@@ -76,6 +79,15 @@ def test_the_list_by_value(installed, monkeypatch, driver):
 def test_a_machine_without_the_driver_has_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment()["NVIDIA GPUs"] == "0"
+
+
+def test_what_was_tried_is_what_is_pinned():
+    pinned = dict(
+        line.split(" ")[0].split("==")
+        for line in (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert {name: pinned[name] for name in NEWEST_TRIED} == NEWEST_TRIED
 
 
 def test_versions_are_those_of_the_modules():

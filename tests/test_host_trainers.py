@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from hf_sai import GSNRReport, SaITrainerMixin, make_trainer
+from hf_sai import GSNRCallback, GSNRReport, SaITrainerMixin, make_trainer
 from hf_sai.live import unwrap_optimizer
 
 
@@ -102,9 +103,12 @@ def run(folder, case, cls, optim):
 
 @pytest.mark.parametrize("optim", LEARNING_RATE)
 @pytest.mark.parametrize("case", CASES)
-def test_the_mixin_trains_as_the_host_alone_and_reports(tmp_path, case, optim):
+def test_the_mixin_trains_as_the_host_alone_and_reports(tmp_path, case, optim, monkeypatch):
     host = CASES[case][0]
-    plain, _, _ = run(tmp_path / "plain", case, host, optim)
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_SAI_REPORT", "0")
+        plain, _, _ = run(tmp_path / "plain", case, host, optim)
+    assert type(plain) is host
     cls = Written if case == "seq2seq" and optim == "swan" else make_trainer(host)
     trainer, gradients, before = run(tmp_path / "ours", case, cls, optim)
 
@@ -133,7 +137,41 @@ def test_the_mixin_trains_as_the_host_alone_and_reports(tmp_path, case, optim):
     text = (tmp_path / "ours" / "README.md").read_text()
     assert text.count("<!-- hf-sai:begin -->") == text.count("<!-- hf-sai:end -->") == 1
     assert ("trained using [TRL]" in text) == (case != "seq2seq")
+    assert not list((tmp_path / "plain").rglob("gsnr_report.*"))
     assert "<!-- hf-sai:begin -->" not in str([p.read_text() for p in (tmp_path / "plain").rglob("README.md")])
+
+
+@pytest.mark.parametrize("optim", LEARNING_RATE)
+@pytest.mark.parametrize("case", CASES)
+def test_a_trainer_of_the_hosts_is_looked_after(tmp_path, case, optim):
+    """Without a line of ours in the script: report, checkpoint and card are those of the mixin."""
+    host = CASES[case][0]
+    expected, _, _ = run(tmp_path / "run", case, make_trainer(host), optim)
+    expected.create_model_card()
+    shutil.move(tmp_path / "run", tmp_path / "expected")
+    found, _, _ = run(tmp_path / "run", case, host, optim)
+    found.create_model_card()
+
+    assert isinstance(found, host)
+    assert type(found).__name__ == host.__name__
+    assert sum(isinstance(each, GSNRCallback) for each in found.callback_handler.callbacks) == 1
+    for folder in ("", "checkpoint-3"):
+        names = {path.name for path in (tmp_path / "expected" / folder).iterdir()}
+        assert {path.name for path in (tmp_path / "run" / folder).iterdir()} == names
+        assert GSNRReport.load(tmp_path / "run" / folder) == GSNRReport.load(tmp_path / "expected" / folder)
+        assert lines_of_card(tmp_path / "run" / folder, host) == lines_of_card(tmp_path / "expected" / folder, host)
+    logs = [[entry for entry in each.state.log_history if "loss" not in entry] for each in (found, expected)]
+    assert [set(entry) for entry in logs[0]] == [set(entry) for entry in logs[1]]
+
+
+def lines_of_card(folder, host):
+    """But for the stamp, which holds the date, and TRL's name of the class."""
+    if not (folder / "README.md").is_file():
+        return []
+    text = (folder / "README.md").read_text().replace(f"SaI{host.__name__}", host.__name__)
+    return [
+        line for line in text.splitlines() if "hf-sai:generated" not in line and "training loss" not in line.lower()
+    ]
 
 
 def check_measured(report, gradients, by_host):

@@ -134,3 +134,56 @@ def test_names_are_given_by_identity_and_not_overwritten():
     assert optimizer.gsnr_statistics()[0].name == "model.embed_tokens.weight"
     name_parameters(optimizer, torch.nn.Linear(1, 1))
     assert optimizer.gsnr_statistics()[0].name == "model.embed_tokens.weight"
+
+
+class OwnGroups(Trainer):
+    """As sentence-transformers (`learning_rate_mapping`) and ms-swift (`vit_lr`) build theirs."""
+
+    way = "beside"
+
+    def create_optimizer(self, model=None):
+        groups = [
+            {"params": [p for n, p in self.model.named_parameters() if ("embed" in n) == part], "lr": rate}
+            for part, rate in ((True, 0.02), (False, self.args.learning_rate))
+        ]
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if self.way == "taken out":
+            inside = set(groups[0]["params"])
+            base = kwargs.pop("params", [{"params": groups[1]["params"]}])
+            base = [{**group, "params": [p for p in group["params"] if p not in inside]} for group in base]
+            groups = [groups[0], *base]
+        self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+
+SETTINGS = [
+    ("beside", "vit_lr", 1e-4),
+    ("beside", "aligner_lr", 1e-4),
+    ("beside", "optimizer", "multimodal"),
+    ("taken out", "learning_rate_mapping", {"embed": 0.02}),
+]
+
+
+@pytest.mark.parametrize(("way", "name", "value"), SETTINGS)
+def test_rates_for_parts_of_a_model_are_the_hosts(tmp_path, way, name, value):
+    args = arguments(tmp_path, learning_rate=0.01)
+    setattr(args, name, value)
+    trainer = OwnGroups(tiny_llama(), args)
+    trainer.way = way
+    rates = {}
+    for group in trainer.create_optimizer().param_groups:
+        rates |= dict.fromkeys(group["params"], group["lr"])
+    expected = {p: 0.02 if "embed" in n else 0.01 for n, p in trainer.model.named_parameters()}
+    assert rates == expected
+
+    args = arguments(tmp_path, optim="swan")
+    setattr(args, name, value)
+    with pytest.raises(hf_sai.OptionError, match=f"but the trainer's {name} makes groups without them; leave out"):
+        OwnGroups(tiny_llama(), args).create_optimizer()
+
+
+@pytest.mark.parametrize("optim", ["sgd_sai", "swan", "sgd_sai_layerwise", "swan_layerwise"])
+def test_groups_of_a_host_that_nobody_knows_are_refused_in_words(tmp_path, optim):
+    trainer = OwnGroups(tiny_llama(), arguments(tmp_path, optim=optim, max_grad_norm=0))
+    with pytest.raises(ValueError, match="needs one list of groups but got two: a host has made groups of its own"):
+        trainer.create_optimizer()

@@ -24,8 +24,7 @@ from hf_sai.files import copy_whole
 
 
 STEPS = 12
-# Times three ways to be killed. All 21 take a minute.
-SEEDS = range(7 if "HF_SAI_LONG_TESTS" in os.environ else 3)
+LONG = "HF_SAI_LONG_TESTS" in os.environ
 
 
 class Slow(TrainerCallback):
@@ -128,8 +127,10 @@ def any_time(moment):
     return {"after": moment.uniform(0.0, 0.4)}
 
 
-@pytest.mark.parametrize("kill", [any_time, any_write, half_state])
-@pytest.mark.parametrize("seed", SEEDS)
+KILLS = {any_time: 20 if LONG else 3, any_write: 7 if LONG else 3, half_state: 7 if LONG else 3}
+
+
+@pytest.mark.parametrize(("kill", "seed"), [(kill, seed) for kill, count in KILLS.items() for seed in range(count)])
 def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path, processes, whole, seed, kill):
     save_steps = 1 if kill is half_state else 1 + seed % 2
     run_killed(processes, tmp_path, save_steps, **kill(random.Random(seed)))

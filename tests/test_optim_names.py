@@ -6,6 +6,8 @@ import copy
 import pickle
 import subprocess
 import sys
+import types
+import warnings
 
 import pytest
 from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -13,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_sai
 import trainer_patches
-from trainer_patches import compat
+from trainer_patches import compat, deepspeed_optimizer, training_moments
 
 
 def run_python(code, *arguments, cwd=None):
@@ -183,6 +185,40 @@ def test_a_host_without_the_table_is_refused(monkeypatch):
     monkeypatch.delattr(trainer_optimizer, "_OPTIMIZER_HANDLERS")
     with pytest.raises(trainer_patches.UnsupportedHostError, match="has no such table"):
         trainer_patches.add_optimizer("another", handler)
+
+
+def test_a_newer_host_that_lacks_what_is_patched_still_imports_and_is_named(monkeypatch):
+    """One warning for each thing that is gone, with what does not work and what to install."""
+    monkeypatch.setattr(compat.importlib.metadata, "version", lambda package: "5.99.0")
+    newer = types.ModuleType("transformers.trainer")
+    newer.Trainer = type("Trainer", (), {"__module__": "transformers.trainer"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training_moments._apply(newer)
+        deepspeed_optimizer._wrap(types.ModuleType("transformers.integrations.deepspeed"))
+    assert [str(each.message) for each in caught] == [
+        f"transformers.{name} is needed but transformers 5.99.0 lacks it, so {lost}; install transformers <= 5.24.0, "
+        "the newest that was tried"
+        for name, lost in (
+            ("trainer.CallbackHandler", "no training is checked before its first step"),
+            ("trainer.Trainer.train", "no training is checked before its first step"),
+            (
+                "integrations.deepspeed.deepspeed_optim_sched",
+                "an optimizer that DeepSpeed's configuration names is found later only",
+            ),
+        )
+    ]
+    arguments = types.ModuleType("transformers.training_args")
+    with pytest.raises(trainer_patches.UnsupportedHostError, match=r"training_args\.OptimizerNames, but this .*5\.99"):
+        compat.optimizer_names(arguments)
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"), [("5.25.0", True), ("5.25.0.dev0", True), ("5.24.9", False), ("not installed", False)]
+)
+def test_newer_than_tried_is_a_matter_of_the_minor_version(version, newer):
+    assert compat.is_newer_than_tried("transformers", version) is newer
+    assert not compat.is_newer_than_tried("torch", version)
 
 
 @pytest.mark.parametrize("text", ["momentum", "momentum=0.9,", "a=b=c", "betas=(0.9,0.95)"])

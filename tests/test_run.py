@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import signal
 import sys
 from pathlib import Path
@@ -91,6 +92,67 @@ def test_names_are_registered_before_the_script_builds_its_parser(tmp_path):
     arguments = ["train.py", "--output_dir", "out", "--optim", "swan", "--optim_args", "scale=2", "--use_cpu"]
     done = call([*HF_SAI, "run", *arguments], tmp_path)
     assert (done.stdout, done.stderr, done.returncode) == ("swan scale=2\n", "", 0)
+
+
+CHILD = """
+import sys
+before = "hf_sai" in sys.modules
+import transformers
+known = "hf_sai" in sys.modules
+print(before, known, [each for each in sys.path if "hf_sai" in each], getattr(sys, "mark", None))
+"""
+PARENT = """
+import os, subprocess, sys
+command = [sys.executable, *sys.argv[1:]]
+print(subprocess.run(command, capture_output=True, text=True).stdout, end="")
+if "-c" not in command:  # and one that a child starts
+    again = "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
+    print(subprocess.run([sys.executable, "-c", again, *command], capture_output=True, text=True).stdout, end="")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed", "expected"),
+    [
+        (["child.py"], {}, "False True [] theirs\n" * 2),
+        (["child.py"], {"HF_SAI_CHILDREN": "0"}, "False False [] theirs\n" * 2),
+        (["-E", "child.py"], {}, "False False [] None\n" * 2),
+        (["-c", "import sys; print('hf_sai' in sys.modules, 'wrapt' in sys.modules)"], {}, "False False\n"),
+    ],
+)
+def test_children_of_a_script_know_the_names_when_they_need_them(tmp_path, arguments, changed, expected):
+    """As llamafactory-cli, swift and axolotl start theirs. The sitecustomize of others runs as ever."""
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "sitecustomize.py").write_text("import sys\nsys.mark = 'theirs'\n")
+    path = os.pathsep.join([str(tmp_path / "others"), str(Path(__file__).parent.parent)])
+    done = call([*HF_SAI, "run", "parent.py", *arguments], tmp_path, PYTHONPATH=path, **changed)
+    assert (done.stdout, done.returncode) == (expected, 0)
+
+
+def test_torchrun_that_a_script_starts_trains_and_reports(tmp_path):
+    (tmp_path / "train.py").write_text(
+        "import sys, torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments\n"
+        "size = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)\n"
+        "model = LlamaForCausalLM(LlamaConfig(**size))\n"
+        "rows = [dict.fromkeys(('input_ids', 'labels'), torch.arange(8)) for _ in range(4)]\n"
+        "args = TrainingArguments('out', optim='sgd_sai', max_steps=1, use_cpu=True, report_to='none')\n"
+        "trainer = Trainer(model, args, train_dataset=rows)\n"
+        "trainer.train()\n"
+        "trainer.create_model_card()\n"
+    )
+    (tmp_path / "cli.py").write_text(
+        "import subprocess, sys\n"
+        "command = ['torch.distributed.run', '--nproc_per_node', '1', '--master_port', sys.argv[1], 'train.py']\n"
+        "sys.exit(subprocess.run([sys.executable, '-m', *command]).returncode)\n"
+    )
+    done = call([*HF_SAI, "run", "cli.py", str(free_port())], tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("learning_rate is 5e-05, the default of TrainingArguments, which is made for Adam") == 1
+    assert len(GSNRReport.load(tmp_path / "out").tensors) == 12
+    assert "<!-- hf-sai:begin -->" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.timeout(60)

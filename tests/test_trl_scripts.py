@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from support.processes import HF_SAI, assert_ended, call, free_port
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hf_sai import GSNRReport
 from hf_sai.cli import app
 
 
@@ -22,7 +24,16 @@ ROWS = {
     "sft": {"text": range(1, 9)},
     "dpo": {"prompt": range(1, 4), "chosen": range(4, 9), "rejected": range(9, 14)},
     "reward": {"chosen": range(1, 9), "rejected": range(9, 17)},
+    "grpo": {"prompt": range(1, 4)},
 }
+# A reward that differs between completions: without that no gradient.
+REWARDS = "def of_letters(completions, **unused):\n    return [sum(map(ord, each)) % 7.0 for each in completions]\n"
+GRPO = ["--reward_funcs", "rewards.of_letters", "--num_generations", "2", "--max_completion_length", "6"]
+# In CI each script, each optimizer, with and without an adapter; all of them with HF_SAI_LONG_TESTS=1.
+OPTIM_ARGS = {"sgd_sai": "momentum=0.8", "swan": "scale=2.0"}
+CASES = [("sft", "sgd_sai", True), ("dpo", "swan", False), ("reward", "swan", True), ("grpo", "sgd_sai", False)]
+if "HF_SAI_LONG_TESTS" in os.environ:
+    CASES = list(itertools.product(ROWS, OPTIM_ARGS, (False, True)))
 LAYERS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -54,6 +65,7 @@ def command(files, script, optim, given, peft=False):
     """What stands behind `hf-sai run`."""
     names = ["--model_name_or_path", str(files / "model"), "--dataset_name", str(files / script)]
     chosen = ["--output_dir", "out", "--optim", optim, "--optim_args", given, *(ADAPTER if peft else [])]
+    chosen += GRPO if script == "grpo" else []
     if peft and script == "reward":
         chosen += ["--lora_task_type", "SEQ_CLS"]
     return ["-m", f"trl.scripts.{script}", *names, *OPTIONS.split(), *chosen]
@@ -73,6 +85,10 @@ def trained_names(script, peft):
 def check(folder, script, optim, peft):
     """That the optimizer which was saved is the one that was asked for, over what was to be trained."""
     saved = torch.load(folder / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    report = GSNRReport.load(folder / "out")
+    assert report == GSNRReport.load(folder / "out" / "checkpoint-2")
+    assert {row.name for row in report.tensors or report.routes} == trained_names(script, peft)
+    assert "<!-- hf-sai:begin -->" in (folder / "out" / "README.md").read_text()
     names = [name for group in saved["param_groups"] for name in group["param_names"]]
     assert sorted(names) == sorted(trained_names(script, peft))
     if optim == "sgd_sai":
@@ -95,17 +111,18 @@ def run_here(folder, arguments):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(("optim", "given"), [("sgd_sai", "momentum=0.8"), ("swan", "scale=2.0")])
-@pytest.mark.parametrize("script", ROWS)
-def test_a_script_trains_with_the_optimizer_of_its_option(processes, files, tmp_path, script, optim, given, peft):
-    process = processes.Process(target=run_here, args=(tmp_path, command(files, script, optim, given, peft)))
+@pytest.mark.parametrize(("script", "optim", "peft"), CASES)
+def test_a_script_trains_with_the_optimizer_of_its_option(processes, files, tmp_path, script, optim, peft):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    arguments = command(files, script, optim, OPTIM_ARGS[optim], peft)
+    process = processes.Process(target=run_here, args=(tmp_path, arguments))
     process.start()
     process.join(100)
     output = (tmp_path / "output.txt").read_text()
     assert process.exitcode == 0, output
     assert "hf_sai" not in output
     assert "Training completed" in output
+    assert output.count("which is made for Adam; sgd_sai needs another") == (optim == "sgd_sai")
     check(tmp_path, script, optim, peft)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import wrapt
 
+from .compat import seam
+
 
 Check = Callable[[Any, dict[str, Any]], None]
 
@@ -47,9 +49,9 @@ def remove_deepspeed_check(name: str) -> None:
 
 
 def _wrap(module: ModuleType) -> None:
-    original = getattr(module, _FUNCTION, None)
+    original = seam(module, _FUNCTION, "an optimizer that DeepSpeed's configuration names is found later only")
     if original is None or isinstance(original, _Checked):
-        return  # another version: what was built is then checked when training begins
+        return
     setattr(module, _FUNCTION, _Checked(original))
 
 

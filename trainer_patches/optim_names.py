@@ -17,7 +17,13 @@ from typing import Any
 
 import wrapt
 
-from .compat import OPTIM_ARGS_PARSER, UnsupportedHostError, check_transformers_version, optimizer_handlers
+from .compat import (
+    OPTIM_ARGS_PARSER,
+    UnsupportedHostError,
+    check_transformers_version,
+    optimizer_handlers,
+    optimizer_names,
+)
 
 
 Handler = Callable[[Any], tuple[Any, dict[str, Any]]]
@@ -73,8 +79,8 @@ def remove_optimizer(name: str) -> None:
     if handler is None:
         return
     if _ARGUMENTS_MODULE in sys.modules:
-        enum = sys.modules[_ARGUMENTS_MODULE].OptimizerNames
-        _remove_member(enum, name)
+        with contextlib.suppress(UnsupportedHostError):  # no names, nothing to take out of them
+            _remove_member(optimizer_names(sys.modules[_ARGUMENTS_MODULE]), name)
     if _OPTIMIZER_MODULE in sys.modules:
         with contextlib.suppress(UnsupportedHostError):  # no table, nothing to take out of it
             table = optimizer_handlers(sys.modules[_OPTIMIZER_MODULE])
@@ -112,8 +118,9 @@ def _apply_all(module: ModuleType) -> None:
 def _apply(module: ModuleType, name: str, previous: Handler | None) -> None:
     """Adds to one of the host's modules what belongs there of one name."""
     if module.__name__ == _ARGUMENTS_MODULE:
-        _add_member(module.OptimizerNames, name)
-        copyreg.pickle(module.OptimizerNames, _reduce_member)
+        enum = optimizer_names(module)
+        _add_member(enum, name)
+        copyreg.pickle(enum, _reduce_member)
         return
     original = getattr(module, OPTIM_ARGS_PARSER, None)
     if original is not None and not isinstance(original, _Parser):
@@ -135,8 +142,8 @@ def _restore_host() -> None:
         parser = getattr(module, OPTIM_ARGS_PARSER, None)
         if isinstance(parser, _Parser):
             setattr(module, OPTIM_ARGS_PARSER, parser.replaces)
-    if _ARGUMENTS_MODULE in sys.modules:
-        copyreg.dispatch_table.pop(sys.modules[_ARGUMENTS_MODULE].OptimizerNames, None)
+    with contextlib.suppress(KeyError, UnsupportedHostError):
+        del copyreg.dispatch_table[optimizer_names(sys.modules[_ARGUMENTS_MODULE])]
 
 
 def _add_member(enum: Any, name: str) -> None:

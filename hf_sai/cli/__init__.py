@@ -13,8 +13,9 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
+from trainer_patches.compat import version_of
+
 from .env import env as _env
-from .env import version_of
 from .memory import memory as _memory
 from .push import push
 from .report import compare as _compare

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 
 import typer
+
+from trainer_patches.compat import NEWEST_TRIED, is_newer_than_tried, version_of
 
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "diffusers", "huggingface_hub", "deepspeed")
@@ -30,9 +31,15 @@ def environment() -> dict[str, str]:
         "hf_sai": version_of("hf_sai"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        **{name: version_of(name) for name in PACKAGES},
+        **{name: _shown(name, version_of(name)) for name in PACKAGES},
         "NVIDIA GPUs": str(_count_gpus()),
     }
+
+
+def _shown(package: str, version: str) -> str:
+    """A version, with the newest that was tried where it is above that."""
+    newer = is_newer_than_tried(package, version)
+    return f"{version} (newer than {NEWEST_TRIED[package]}, the newest that was tried)" if newer else version
 
 
 def _count_gpus() -> int:
@@ -42,11 +49,3 @@ def _count_gpus() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listed.splitlines())
-
-
-def version_of(package: str) -> str:
-    """From the package's metadata: importing the hosts would take seconds."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

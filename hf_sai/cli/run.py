@@ -37,6 +37,10 @@ With several processes:
     accelerate launch -m hf_sai.run train.py ...
 
     torchrun --nproc_per_node 2 -m hf_sai.run train.py ...
+
+Processes that the script starts itself know the optimizers too (HF_SAI_CHILDREN=0: they do not):
+
+    hf-sai run llamafactory-cli train config.yaml
 """
 
 
@@ -107,6 +111,7 @@ def _replacement(optim: str | None, optim_args: str | None, arguments: list[str]
 def launch(script: Script) -> None:
     """Runs a script as if Python had been started with it; what it raises, goes on."""
     sys.excepthook = _excepthook
+    _reach_children()
     if script.replacement is None:
         _execute(script)
         return
@@ -119,6 +124,18 @@ def launch(script: Script) -> None:
             script.replacement.check_used()
             raise
         script.replacement.check_used()
+
+
+def _reach_children() -> None:
+    """
+    Has the Pythons that the script starts (torchrun, a host's own command) know our names when they import
+    transformers; `HF_SAI_CHILDREN=0` leaves them alone, and so do the options `-I`, `-E` and `-S` of theirs.
+    """
+    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "startup")
+    path = os.environ.get("PYTHONPATH")
+    before = [entry for entry in path.split(os.pathsep) if entry != folder] if path else []
+    if os.environ.get("HF_SAI_CHILDREN", "").lower() not in ("0", "false", "no", "off"):
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *before])
 
 
 def _execute(script: Script) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor
@@ -84,6 +84,19 @@ class NamedOptimizer(Optimizer):
     _multiplies: ClassVar[bool] = False
     # What a group holds for each of its parameters, and decides updates.
     _per_tensor: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """
+        Raises:
+            `ValueError`: A host hands on groups of its own beside those that the Trainer's table gave it.
+        """
+        if args and "params" in kwargs:
+            raise ValueError(
+                f"{cls.__name__} needs one list of groups but got two: a host has made groups of its own, with rates "
+                "for parts of the model, beside params= of get_optimizer_cls_and_kwargs(args, model); leave those "
+                "rates out, or the model out of that call"
+            )
+        return super().__new__(cls)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group without parameters may stand beside named ones, before them and after."""

@@ -80,6 +80,8 @@ class OptimizerRecord:
             for: of Adam `"betas"` and `"eps"`; `"share_whitening"`, whether it runs under DDP.
         adam_rates (`bool`, *optional*, defaults to `False`): Whether learning rates are in AdamW's terms, so that its
             usual ones need no warning.
+        pretrained_rates (`tuple[float, float]`, *optional*): Learning rates, from and to, that pretrained weights were
+            found to take; one far above them is warned about. Empty: not known.
         saved_keys (`frozenset[str]`, *optional*): Keys of its groups that tell its state from those of others.
         rows (`str`): What a report shows of each tensor: `"scales"` (from `gsnr_statistics()`), `"routes"` (from
             `routes()`), or `"groups"`, which needs neither: the tensor's group with its options.
@@ -97,6 +99,7 @@ class OptimizerRecord:
     regroup: Callable[..., tuple[list[Group], int, str]] | None = None
     host_settings: tuple[str, ...] = ()
     adam_rates: bool = False
+    pretrained_rates: tuple[float, ...] = ()
     saved_keys: frozenset[str] = frozenset()
     rows: str = "groups"
 
@@ -170,6 +173,7 @@ _SGD_SAI = OptimizerRecord(
         "and at 1e-2 on random ones; with normalize=max, multiply by the largest g-SNR in the report; with "
         "normalize=rms, start at AdamW's"
     ),
+    pretrained_rates=(1e-4, 1e-3),
     grouping=sgd_sai_groups,
     saved_keys=sgd_options.SAVED_KEYS,
     rows="scales",
