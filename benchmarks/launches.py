@@ -92,7 +92,7 @@ class Launches(TorchDispatchMode):
         if name in ("copy_", "_to_copy") and _to_host(name, args, kwargs):
             if not (kwargs.get("non_blocking") or args[2:3] == (True,)):
                 self.reads += 1
-            return args[0] if name == "copy_" else torch.zeros(args[0].shape, dtype=args[0].dtype)
+            return args[0].zero_() if name == "copy_" else torch.zeros(args[0].shape, dtype=args[0].dtype)
         if name == "_local_scalar_dense":
             return 1.0
         if name == "is_nonzero":
