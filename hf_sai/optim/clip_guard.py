@@ -86,7 +86,7 @@ def _keeping(clip: Callable[..., None]) -> Any:
         same = [gradient for gradient in gradients if norm_with(gradient) is norm]
         clip(parameters, bound, norm, *rest)
         for gradient in same:
-            gradient._norm_with = (norm, gradient._version)  # type: ignore[attr-defined]
+            gradient._norm_with = (norm, gradient._version)
 
     return kept
 

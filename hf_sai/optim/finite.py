@@ -1,5 +1,5 @@
 """
-Which gradients are finite: from the norm that clipping has computed, else by a pass over them; no device is waited for.
+Which gradients are finite: from the norm that clipping computed, or by a pass over them; no device is waited for.
 
 On the CPU it is known at once. On an accelerator it stays there, as kernels take it (`found_inf`), and is read in the
 next step, when it has long been there.

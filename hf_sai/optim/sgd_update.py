@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Below this size calling the compiled kernel (30 us) costs more than it saves.
 COMPILED_NUMEL = 1 << 16
-# From this size on, one kernel launch per tensor is cheaper on an accelerator than the extra pass over the gradient: to
-# read and write 2^22 elements in bf16 are 17 MB of traffic, which take as long as one or two launches.
+# From this size on, one kernel launch per tensor is cheaper on an accelerator than an extra pass over the gradient: to
+# read and write 2^22 elements in bf16 is 17 MB of traffic, which takes as long as one or two launches.
 ACCELERATOR_FUSED_NUMEL = 1 << 22
 # The kernel's version for the CPU is right for these only: in torch 2.13 it gives wrong bf16 and fp16 results (see
 # tests/test_updates.py). The one for CUDA computes low precision in float32.
