@@ -4,8 +4,8 @@ What torch's functions that clip tell the optimizers here, and what they ask the
 Clipping reads all gradients for their norm. Where that is finite so are they, and a step need not look again, which
 would be a fifth of its traffic. A norm stays with the gradients that it was taken of, until they change.
 
-Clipping that comes too late is refused: a gradient that a layer-wise optimizer used in the backward pass, and freed, is
-`None` for whoever clips, as that of a frozen parameter; torch says nothing then, and the step was made without
+Clipping that comes too late is refused: a gradient that a layer-wise optimizer used in the backward pass, and freed,
+is `None` for whoever clips, as that of a frozen parameter; torch says nothing then, and the step was made without
 clipping.
 """
 
@@ -24,6 +24,8 @@ from torch.nn.utils import clip_grad
 
 
 _guarded: weakref.WeakSet[Any] = weakref.WeakSet()
+# A norm, and the version that a gradient had then.
+_UNKNOWN: tuple[Tensor | None, int] = (None, -1)
 
 
 def guard(optimizer: Any) -> None:
@@ -54,8 +56,8 @@ def norm_with(gradient: Tensor) -> Tensor | None:
 
     Without dimensions, on the gradient's device; it may be that of many gradients.
     """
-    norm, version = gradient.__dict__.get("_norm_with", (None, 0))
-    return norm if norm is not None and version == gradient._version and norm.device == gradient.device else None
+    norm, version = getattr(gradient, "_norm_with", _UNKNOWN)
+    return norm if version == gradient._version else None
 
 
 def _noting(total_norm: Callable[..., Tensor]) -> Any:
@@ -68,7 +70,8 @@ def _noting(total_norm: Callable[..., Tensor]) -> Any:
         # A DTensor would be read by a collective, and norms of order 0 and below are finite where a gradient is not.
         if not torch.compiler.is_compiling() and type(norm) is Tensor and float(norm_type) > 0.0:
             for tensor in tensors:
-                tensor._norm_with = (norm, tensor._version)
+                if tensor.device == norm.device:
+                    tensor._norm_with = (norm, tensor._version)
         return norm
 
     return noted

@@ -19,10 +19,6 @@ from .clip_guard import norm_with
 from .tensors import LIST_NUMEL, is_sharded, local
 
 
-# From this size on a product of two halves is worth its call on the CPU.
-_HALVES_NUMEL = 1 << 14
-
-
 @dataclass
 class Found:
     """
@@ -78,20 +74,19 @@ def find_not_finite(gradients: Sequence[Tensor], ranks: tuple[Any, torch.device]
 
 def _by_their_norms(gradients: Sequence[Tensor], found: Found) -> list[int]:
     """Notes what norms say that clipping has computed; which gradients are left."""
+    if torch.compiler.is_compiling():
+        return list(range(len(gradients)))
     left: list[int] = []
-    by_norm: dict[int, tuple[Tensor, list[int]]] = {}
-    for index, gradient in enumerate(gradients):
-        # A graph would replay a look at the memory of a norm that was computed before it.
-        norm = None if torch.compiler.is_compiling() or is_captured(gradient.device) else norm_with(gradient)
-        if norm is None:
-            left.append(index)
-        else:
-            by_norm.setdefault(id(norm), (norm, []))[1].append(index)
-    for norm, indices in by_norm.values():
-        if not is_known_at_once(norm.device):
-            _take(found, indices, (norm.float() * 0.0).ne_(0.0).reshape(1))
-        elif not math.isfinite(norm.item()):
+    by_norm: dict[Tensor, list[int]] = {}
+    for index, norm in enumerate(map(norm_with, gradients)):
+        (left if norm is None else by_norm.setdefault(norm, [])).append(index)
+    for norm, indices in by_norm.items():
+        if is_known_at_once(norm.device):
+            left += [] if math.isfinite(norm.item()) else indices
+        elif is_captured(norm.device):  # a graph would replay a look at the memory of a norm from outside of it
             left += indices
+        else:
+            _take(found, indices, (norm.float() * 0.0).ne_(0.0).reshape(1))
     return sorted(left)
 
 
@@ -145,25 +140,12 @@ def _flags(gradients: list[Tensor]) -> Tensor:
 
 def _bad_ones(gradients: Sequence[Tensor]) -> list[int]:
     """Which gradients on the CPU, of one dtype, have inf or NaN."""
-    # Sums that are not finite where an element is not, and may be so by overflow: then look closely. A product of two
-    # halves reads in two streams, which takes two thirds of the time that a norm takes; the largest value takes ten
-    # times as long.
-    sums: list[Tensor | None] = [_product_of_halves(gradient) for gradient in gradients]
-    rest = [gradient for gradient, known in zip(gradients, sums, strict=True) if known is None]
-    norms = iter(torch._foreach_norm(rest) if rest else ())
-    finite = torch.stack([next(norms) if known is None else known for known in sums]).isfinite()
+    # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
+    finite = torch.stack(torch._foreach_norm(list(gradients))).isfinite()
     if bool(finite.all()):
         return []
     pairs = zip(finite.tolist(), gradients, strict=True)
     return [index for index, (good, gradient) in enumerate(pairs) if not good and not _all_finite(gradient)]
-
-
-def _product_of_halves(gradient: Tensor) -> Tensor | None:
-    numel = gradient.numel()
-    if numel < _HALVES_NUMEL or gradient.dtype not in (torch.float32, torch.float64) or not gradient.is_contiguous():
-        return None
-    flat, half = gradient.view(-1), (numel + 1) // 2
-    return torch.dot(flat[:half], flat[numel - half :])
 
 
 def _all_finite(gradient: Tensor) -> bool:

@@ -95,17 +95,19 @@ def _path(
         return "single"
     same = grad.dtype == dtype and (buffer is None or buffer.dtype == dtype)
     native = same and dtype in _NATIVE
-    rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
-    has_kernel = device.type in FUSED_DEVICES and in_order(param, grad, buffer)
     by_tensor = isinstance(c.step, Tensor)
     if not is_accelerator(device):
-        if fused and has_kernel and not native and buffer is not None and not rounds and not by_tensor:
-            return "compiled" if numel >= COMPILED_NUMEL and not _compile_failed else "single"
-        if not native or by_tensor:  # the kernel would read the tensor
-            return "single"
-        if has_kernel and (fused or (fused is None and not foreach)):
-            return "fused"
-        return "together" if foreach else "single"
+        if native and not by_tensor:  # a tensor would be read by the kernel
+            if (fused or (fused is None and not foreach)) and in_order(param, grad, buffer):
+                return "fused"
+            return "together" if foreach else "single"
+        rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
+        generates = fused and not native and buffer is not None and not rounds and not by_tensor
+        if generates and numel >= COMPILED_NUMEL and not _compile_failed and in_order(param, grad, buffer):
+            return "compiled"
+        return "single"
+    has_kernel = device.type in FUSED_DEVICES and in_order(param, grad, buffer)
+    rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
     if foreach is False and fused is False:
         return "single"
     if not same or rounds or (low_precision(dtype) and (device.type not in FUSED_DEVICES or fused is False)):
