@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ import torch
 from common import command, machine, write_results
 from gpu_parts import (
     MAKERS,
+    NOT_CLIPPED,
     Checks,
     Device,
     clock,
@@ -171,7 +173,7 @@ class Acceptance:
 
     def sync(self) -> None:
         """How often the host waits in a first and in a steady step."""
-        names = [name for name in MAKERS if name not in ("torch sgd fused", "torch muon")]
+        names = [name for name in MAKERS if name not in ("torch sgd fused", "torch muon", NOT_CLIPPED)]
         self.each("sync", self._syncs, names)
 
     def _syncs(self, name: str, dtype: torch.dtype) -> Result:
@@ -315,7 +317,7 @@ class Acceptance:
     # ---- time and memory ----
 
     def speed(self) -> None:
-        """A step of each optimizer on the tensors of each model."""
+        """A step of each optimizer on the tensors of each model, after clipping, as a Trainer makes it."""
         for kind in ("gpt2", "lora", "8b layers", "1.5b"):
             for dtype in (F32, BF16):
                 title = f"{kind} {str(dtype)[6:]}"
@@ -338,7 +340,12 @@ class Acceptance:
                 self.checks.add(f"speed sgd_sai <= 1.15 x fused SGD, {title}", good, ratio=ratio)
 
     def _row(self, title: str, kind: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
-        optimizer, begun = MAKERS[name](self.where.parameters(kind, dtype)), time.perf_counter()
+        named = self.where.parameters(kind, dtype)
+        optimizer = MAKERS[name](named)
+        if name != NOT_CLIPPED:
+            torch.nn.utils.clip_grad_norm_([param for _, param in named], math.inf)
+        self.where.synchronize()
+        begun = time.perf_counter()
         optimizer.step()
         self.where.synchronize()
         row: dict[str, Any] = {"first_ms": round((time.perf_counter() - begun) * 1e3, 1)}

@@ -115,6 +115,7 @@ def with_tensor_rate(named: Named) -> SGDSaI:
     return SGDSaI(named, lr=torch.tensor(1e-2, device=named[0][1].device))
 
 
+NOT_CLIPPED = "sgd_sai not clipped"
 MAKERS: dict[str, Callable[[Named], torch.optim.Optimizer]] = {
     "torch sgd fused": lambda n: torch.optim.SGD(
         [p for _, p in n], lr=1e-2, momentum=0.9, weight_decay=0.01, fused=True
@@ -122,6 +123,7 @@ MAKERS: dict[str, Callable[[Named], torch.optim.Optimizer]] = {
     "torch adamw fused": lambda n: torch.optim.AdamW([p for _, p in n], lr=1e-3, fused=True),
     "torch muon": lambda n: torch.optim.Muon([p for name, p in n if p.ndim == 2 and "embed" not in name], lr=1e-3),
     "sgd_sai": lambda n: SGDSaI(n, lr=1e-2),
+    NOT_CLIPPED: lambda n: SGDSaI(n, lr=1e-2),
     "sgd_sai no kernel": lambda n: SGDSaI(n, lr=1e-2, fused=False),
     "sgd_sai per tensor": lambda n: SGDSaI(n, lr=1e-2, foreach=False),
     "sgd_sai stochastic": lambda n: SGDSaI(n, lr=1e-2, stochastic_rounding=True),

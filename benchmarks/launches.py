@@ -92,7 +92,7 @@ class Launches(TorchDispatchMode):
         if name in ("copy_", "_to_copy") and _to_host(name, args, kwargs):
             if not (kwargs.get("non_blocking") or args[2:3] == (True,)):
                 self.reads += 1
-            return args[0] if name == "copy_" else torch.zeros(args[0].shape, dtype=args[0].dtype)
+            return args[0].zero_() if name == "copy_" else torch.zeros(args[0].shape, dtype=args[0].dtype)
         if name == "_local_scalar_dense":
             return 1.0
         if name == "is_nonzero":
@@ -181,8 +181,10 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "LoRA r=16 on Llama-3-8B": lora_8b,
     "Llama-3-8B": llama_8b,
 }
+CLIPPED = "SGD-SaI, after clip_grad_norm_"
 OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "SGD-SaI": lambda p: SGDSaI(p, lr=1e-3),
+    CLIPPED: lambda p: SGDSaI(p, lr=1e-3),
     "SGD-SaI, stochastic_rounding": lambda p: SGDSaI(p, lr=1e-3, stochastic_rounding=True),
     "SGD-SaI, kahan_sum": lambda p: SGDSaI(p, lr=1e-3, kahan_sum=True),
     "SGD-SaI, lr a tensor": lambda p: _by_tensor(SGDSaI(p, lr=1e-3)),
@@ -227,6 +229,8 @@ def count(model: str, optimizer: str, dtype: torch.dtype) -> dict[str, Any]:
         rows = []
         for _ in range(3):
             before = len(reads)
+            if optimizer == CLIPPED:
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
             with Launches() as counted:
                 made.step()
             rows.append((counted.total, counted.reads + len(reads) - before, counted))

@@ -2,10 +2,12 @@
 One optimizer step, peers side by side in one run: time, state, extra memory, first step. The ratios are the point.
 
     python benchmarks/optimizer_step.py                      # every model that fits
-    python benchmarks/optimizer_step.py --models gpt2 lora --rounds 15
+    python benchmarks/optimizer_step.py --models "GPT-2 small" --rounds 15 --keep     # others as they were written
+    python benchmarks/optimizer_step.py --before ../84349af  # beside the optimizer of another checkout
 
 Writes `benchmarks/results/optimizer_step_<device>.json` and `.md`. Peers that are not installed are left out, and
-said so. All peers take turns on the same parameters and gradients, so that a slow spell hits all of them.
+said so. All peers take turns on the same parameters and gradients, so that a slow spell hits all of them. Gradients
+are clipped before the step, as a Trainer does by itself, but for one row.
 """
 
 from __future__ import annotations
@@ -13,18 +15,24 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import importlib.util
 import io
+import json
+import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from common import device_name, machine, markdown_table, peak_extra_bytes, synchronize, write_results
+from common import RESULTS, device_name, machine, markdown_table, peak_extra_bytes, synchronize, write_results
 
 from hf_sai import SGDSaI, optimizer_state_bytes
+from hf_sai.optim.clip_guard import listen
 
 
 Shapes = list[tuple[int, ...]]
@@ -66,13 +74,27 @@ MODELS = {
     "LoRA r=4 on GPT-2 medium": lora_shapes(1024, 24, 4),
 }
 OURS = "SGD-SaI"
+NOT_CLIPPED = "SGD-SaI, not clipped"
 BASELINE = {"LoRA r=4 on GPT-2 medium": "SGD foreach"}  # the others: SGD fused
 
 
-def peers(compiled: bool) -> dict[str, Callable[[list[Any]], torch.optim.Optimizer]]:
+def of_another_checkout(folder: str) -> Any:
+    """`SGDSaI` of `hf_sai` in a folder, under another name."""
+    path = Path(folder) / "hf_sai" / "optim"
+    spec = importlib.util.spec_from_file_location("optim_before", path / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["optim_before"] = module
+    spec.loader.exec_module(module)
+    return module.SGDSaI
+
+
+def peers(compiled: bool, before: str | None = None) -> dict[str, Callable[[list[Any]], torch.optim.Optimizer]]:
     """Optimizers by name; all with weight decay, so that each does the same work."""
     found: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
         OURS: lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01),
+        NOT_CLIPPED: lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01),
         "SGD-SaI foreach": lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01, foreach=True),
         "SGD-SaI plain": lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01, foreach=False, fused=False),
         "SGD fused": lambda p: torch.optim.SGD(p, lr=1e-6, momentum=0.9, weight_decay=0.01, fused=True),
@@ -80,6 +102,9 @@ def peers(compiled: bool) -> dict[str, Callable[[list[Any]], torch.optim.Optimiz
         "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01, fused=True),
         "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01, foreach=True),
     }
+    if before:
+        earlier = of_another_checkout(before)
+        found[f"SGD-SaI of {Path(before).name}"] = lambda p: earlier(p, lr=1e-6, weight_decay=0.01)
     if compiled:
         found["SGD-SaI fused=True"] = lambda p: SGDSaI(p, lr=1e-6, weight_decay=0.01, fused=True)
     try:
@@ -111,7 +136,12 @@ def fitting(shapes: Shapes, dtype: torch.dtype) -> Shapes:
 
 
 def measure(
-    model: str, precision: str, rounds: int, threads: int, clock: Callable[[], float] = time.perf_counter
+    model: str,
+    precision: str,
+    rounds: int,
+    threads: int,
+    clock: Callable[[], float] = time.perf_counter,
+    before: str | None = None,
 ) -> tuple[Shapes, dict[str, dict[str, float]]]:
     """
     The shapes that fit, and by optimizer: least and median milliseconds of a step, milliseconds of the first, bytes of
@@ -125,14 +155,16 @@ def measure(
     shapes = fitting(MODELS[model], dtype)
     grads = [(torch.randn(shape, device=device) * 1e-3).to(dtype) for shape in shapes]
     params = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
+    give(params, grads)
+    listen()
+    torch.nn.utils.clip_grad_norm_(params, math.inf)
     found: dict[str, dict[str, float]] = {}
     times: dict[str, list[float]] = {}
     together = sum(param.numel() for param in params) < 360e6 or device == "cuda"
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    for name, make in peers(compiled=dtype != torch.float32).items():
+    for name, make in peers(dtype != torch.float32, before).items():
         optimizer = make(params)
+        give(params, grads, clipped=name != NOT_CLIPPED)
         with contextlib.redirect_stdout(io.StringIO()):  # one of them prints a banner
             first = milliseconds(optimizer, clock)
         extra = peak_extra_bytes(optimizer.step)
@@ -146,10 +178,17 @@ def measure(
             del optimizer
     for _ in range(rounds if together else 0):
         for name, optimizer in optimizers.items():
+            give(params, grads, clipped=name != NOT_CLIPPED)
             times[name].append(milliseconds(optimizer, clock))
     for name, values in times.items():
         found[name] |= {"least": min(values), "median": statistics.median(values)}
     return shapes, found
+
+
+def give(params: list[Any], grads: list[Any], clipped: bool = True) -> None:
+    """Gradients of which clipping has taken the norm, or the same as if nobody had looked at them."""
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad if clipped else grad.detach()
 
 
 def milliseconds(optimizer: torch.optim.Optimizer, clock: Callable[[], float]) -> float:
@@ -191,22 +230,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--before", metavar="FOLDER", help="a checkout of another commit, named as its folder")
+    parser.add_argument("--processor-time", action="store_true", help="for a machine that others use meanwhile")
+    parser.add_argument("--keep", action="store_true", help="the models of the result file that are not measured now")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     about = machine("sgd-sai", "pytorch-optimizer")
+    name = f"optimizer_step_{device_name()}" + ("" if args.dtype == "float32" else f"_{args.dtype}")
     results: dict[str, Any] = {"machine": about, "dtype": args.dtype, "rounds": args.rounds, "models": {}}
-    tables = []
+    if args.keep:
+        results["models"] = json.loads((RESULTS / f"{name}.json").read_text())["models"]
+    clock = time.process_time if args.processor_time else time.perf_counter
     for model in args.models:
         # In a process of its own: what the model before had allocated does not always go back to the system.
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            shapes, found = pool.submit(measure, model, args.dtype, args.rounds, args.threads).result()
+            job = pool.submit(measure, model, args.dtype, args.rounds, args.threads, clock, args.before)
+            shapes, found = job.result()
         rounded = {name: {key: round(value, 3) for key, value in values.items()} for name, values in found.items()}
         results["models"][model] = {"tensors": len(shapes), "of": len(MODELS[model]), "optimizers": rounded}
-        tables.append(table(model, shapes, MODELS[model], found))
-        print(tables[-1])
-    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
-    title = f"Time of one optimizer step, {args.dtype}, medians of {args.rounds} interleaved rounds."
-    write_results(f"optimizer_step_{device_name()}{suffix}", results, f"{title}\n\n" + "\n".join(tables))
+        print(table(model, shapes, MODELS[model], found))
+    kept = [(model, results["models"][model]) for model in MODELS if model in results["models"]]
+    tables = [table(each, MODELS[each][: of["tensors"]], MODELS[each], of["optimizers"]) for each, of in kept]
+    kind = "Processor time" if args.processor_time else "Time"
+    title = f"{kind} of one optimizer step, {args.dtype}, medians of {args.rounds} interleaved rounds. Gradients were "
+    title += f'clipped before it, but for "{NOT_CLIPPED}"; the time of clipping is not counted.'
+    write_results(name, results, f"{title}\n\n" + "\n".join(tables))
 
 
 if __name__ == "__main__":

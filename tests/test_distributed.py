@@ -105,6 +105,17 @@ def moments_worker(rank, folder, normalize):
             assert gradient_snr(moments, 1e-8) == pytest.approx(gradient_snr(exact, 1e-8), rel=1e-12)
     torch.save({"collectives": len(calls)}, folder / f"rank{rank}.pt")
 
+    # FSDP2 over tensor parallelism: one dimension is cut by both.
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    both = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    strided = [_StridedShard(0, split_factor=1), Shard(0)]
+    piece = DTensor.from_local(tensors[3].chunk(2)[rank], both, strided, shape=(4, 7), stride=(7, 1))
+    (moments,) = gradient_moments([piece])
+    (exact,) = gradient_moments([tensors[3]])
+    assert gradient_snr(moments, 1e-8) == pytest.approx(gradient_snr(exact, 1e-8), rel=1e-12)
+
     # A gradient that is laid out in another way than its parameter (here whole on each rank) is moved first.
     param = torch.nn.Parameter(distribute_tensor(tensors[3], mesh, [Shard(1)]))
     plain = torch.nn.Parameter(tensors[3].clone())

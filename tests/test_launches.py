@@ -45,27 +45,56 @@ def test_the_count_of_torchs_own_is_what_its_kernels_say(launches, model, expect
     assert launches.count(model, "torch SGD fused", F32)["steady"] == expected
 
 
-@pytest.mark.parametrize(
-    ("model", "optimizer", "dtype", "most"),
-    [
-        ("GPT-2", "SGD-SaI", F32, 60),
-        ("GPT-2", "SGD-SaI", BF16, 60),
-        ("GPT-2", "SGD-SaI, lr a tensor", BF16, 60),
-        ("Llama-3-8B", "SGD-SaI", BF16, 900),
-        (LORA, "SGD-SaI", F32, 60),
-        (LORA, "SGD-SaI", BF16, 60),
-        (LORA, "SGD-SaI, paired", F32, 120),
-        (LORA, "SGD-SaI, paired", BF16, 120),
-        (LORA, "SGD-SaI, stochastic_rounding", BF16, 120),
-        (LORA, "SGD-SaI, kahan_sum", BF16, 120),
-    ],
-)
-def test_sgd_sai_takes_few_launches_and_reads_nothing_once_all_is_measured(launches, model, optimizer, dtype, most):
-    found = launches.count(model, optimizer, dtype)
-    assert found["steady"] <= most, found["by_name"]
+# Of a steady step. A learning rate that is a tensor takes two calls for a large tensor; rounding that is not the
+# kernel's takes copies.
+MOST = {
+    "GPT-2": {
+        "": 40,
+        ", after clip_grad_norm_": 30,
+        ", lr a tensor": 40,
+        ", stochastic_rounding": 100,
+        ", kahan_sum": 125,
+    },
+    LORA: {
+        "": 60,
+        ", after clip_grad_norm_": 50,
+        ", lr a tensor": 60,
+        ", paired": 120,
+        ", stochastic_rounding": 90,
+        ", kahan_sum": 120,
+    },
+    "Llama-3-8B": {
+        "": 700,
+        ", after clip_grad_norm_": 500,
+        ", lr a tensor": 1150,
+        ", stochastic_rounding": 4000,
+        ", kahan_sum": 4800,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("model", "options"), [(model, options) for model, most in MOST.items() for options in most])
+def test_sgd_sai_takes_few_launches_and_reads_nothing_once_all_is_measured(launches, model, options, dtype):
+    if not launches.fits(model, f"SGD-SaI{options}", dtype):
+        pytest.skip("float32 is not rounded")
+    found = launches.count(model, f"SGD-SaI{options}", dtype)
+    assert found["steady"] <= MOST[model][options], found["by_name"]
     assert found["first"] <= 20 * found["steady"]
     assert found["reads"] == 0
     assert found["first_reads"] <= 3
+
+
+def test_adam_reads_nothing_of_a_large_tensor_that_is_not_contiguous(launches):
+    from hf_sai.optim.adam_update import AdamBatch, adam_update, new_adam_state
+
+    batch = AdamBatch()
+    param = torch.empty(8192, 4096, device="meta").t()
+    state = new_adam_state(param)
+    batch.append(param, torch.empty_like(param), state["exp_avg"], state["exp_avg_sq"], state["step"])
+    with launches.on_meta() as reads, launches.Launches() as counted:
+        adam_update(batch, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, maximize=False)
+    assert (counted.reads, reads) == (0, [])
 
 
 def test_swan_reads_nothing_and_adam_takes_low_precision_in_lists(launches):

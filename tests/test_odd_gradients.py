@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_sai
-from hf_sai.optim import SGDSaI, SGDSaILayerwise, SWANLayerwise
+from hf_sai.optim import SGDSaI, SGDSaILayerwise, SWANLayerwise, finite
 from hf_sai.optim.adam_update import AdamBatch, adam_update, new_adam_state
 from hf_sai.optim.finite import LateNews, find_not_finite
 from hf_sai.optim.swan import SWAN
@@ -165,6 +165,116 @@ def test_large_gradients_are_finite_where_their_norm_is_not():
         gradients[1][-1] = math.inf
         found = find_not_finite([*gradients, torch.empty(0, 3, dtype=dtype), torch.tensor(math.nan, dtype=dtype)])
         assert found.bad == {1, 3}
+
+
+# ---- What clipping knows ----
+
+
+def clipped_run(monkeypatch, hears, bound=1.0):
+    """Three steps of clipped gradients; with an optimizer that does not hear of their norm where it is told so."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (5,))]
+    optimizer = SGDSaI(params, lr=1e-2)
+    looks = []
+    real = finite._bad_ones
+    with monkeypatch.context() as patch:
+        patch.setattr(finite, "_bad_ones", lambda gradients: looks.append(len(gradients)) or real(gradients))
+        if not hears:
+            patch.setattr(finite, "norm_with", lambda gradient: None)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            nn.utils.clip_grad_norm_(iter(params), bound)
+            optimizer.step()
+    return params, looks
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1.0, math.inf])
+def test_a_step_does_not_look_where_clipping_has_found_a_finite_norm(bound, monkeypatch):
+    heard, looks = clipped_run(monkeypatch, True, bound)
+    own, own_looks = clipped_run(monkeypatch, False, bound)
+    assert (looks, own_looks) == ([], [2, 2, 2])
+    assert all(torch.equal(*pair) for pair in zip(heard, own, strict=True))
+
+
+def overwrite(params):
+    params[0].grad[0, 0] = math.nan
+
+
+def replace(params):
+    params[0].grad = torch.full_like(params[0], math.nan)
+
+
+def accumulate(params):
+    (params[0] * math.nan).sum().backward()
+
+
+def clip_by_another_norm(params):
+    nn.utils.clip_grads_with_norm_(params[:1], 1.0, torch.tensor(math.nan))
+
+
+def clip_by_a_bound_below_zero(params):
+    nn.utils.clip_grad_norm_(params[:1], -math.inf)
+
+
+def count_what_is_not_zero(params):
+    params[0].grad[0, 0] = math.nan
+    nn.utils.clip_grad_norm_(params, 1e9, norm_type=0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [overwrite, replace, accumulate, clip_by_another_norm, clip_by_a_bound_below_zero, count_what_is_not_zero],
+)
+def test_what_changes_after_clipping_is_looked_at_again(change):
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (5,))]
+    optimizer = SGDSaI(params, lr=1e-2)
+    for number in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        nn.utils.clip_grad_norm_(params, 1.0)
+        if number:
+            before = [param.detach().clone() for param in params]
+            change(params)
+            assert not params[0].grad.isfinite().all()
+        optimizer.step()
+    assert torch.equal(params[0], before[0])
+    assert not torch.equal(params[1], before[1])
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_clipping_to_a_norm_that_is_not_finite_moves_no_tensor_that_has_one(bad):
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (5,))]
+    optimizer = SGDSaI(params, lr=1e-2, weight_decay=0.0, momentum=0.0)
+    for number in range(3):
+        before = [param.detach().clone() for param in params]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        if number == 1:
+            params[1].grad[2] = bad
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        # torch multiplies by 0 or by NaN there: nothing is left of the others' gradients.
+        assert [torch.equal(*pair) for pair in zip(params, before, strict=True)] == [number == 1] * 2
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+def test_on_a_device_the_norm_becomes_the_flag_of_all(bad, monkeypatch):
+    monkeypatch.setattr(finite, "is_known_at_once", lambda device: False)
+    monkeypatch.setattr(finite, "_flags", lambda gradients: pytest.fail("all gradients were read"))
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (5,))]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    params[1].grad[2] += bad
+    nn.utils.clip_grad_norm_(params, 1.0)
+    found = find_not_finite([param.grad for param in params])
+    flag = found.on_device[0]
+    assert found.on_device[1] is flag
+    assert (flag.dtype, flag.shape, flag.item()) == (torch.float32, (), float(bad != 0.0))
+    news = LateNews()
+    for indices, flags in found.tables:
+        news.send(flags, [params[index] for index in indices])
+    assert len(news.read()) == (2 if bad else 0)
 
 
 # ---- What stays on a device ----

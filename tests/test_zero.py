@@ -157,8 +157,8 @@ def bf16_cases(folder):
 # ---- A gradient that is not finite ----
 
 
-def poisoned(make, model):
-    """An optimizer whose third call, which is the first group's in the second step, finds a NaN in one matrix."""
+def poisoned(make, model, at=0):
+    """An optimizer whose third call, which is the first group's in the second step, finds a NaN in a flat buffer."""
     optimizer = make(model)
     seen = []
 
@@ -166,7 +166,7 @@ def poisoned(make, model):
         seen.append(1)
         for _, index, param in optimizer._params():
             if len(seen) == 3 and index == 0 and dist.get_rank() == 0:  # its flat buffer begins with the first matrix
-                param.grad.view(-1)[0] = math.nan
+                param.grad.view(-1)[at] = math.nan
 
     optimizer.register_step_pre_hook(poison)
     return optimizer
@@ -190,6 +190,28 @@ def test_a_matrix_whose_gradient_is_not_finite_is_left_alone(tmp_path):
         for rank in found:
             torch.testing.assert_close(rank[name], kept, rtol=0, atol=1e-4)
     assert not torch.equal(weights["blocks.0.up.weight"], before["blocks.0.up.weight"])
+
+
+def cut_in_two_worker(folder):
+    """The NaN is at the end of rank 0's flat buffer, in a tensor of which rank 1 has the rest."""
+    engine, model, optimizer = build(functools.partial(poisoned, sgd_sai, at=-1), configuration(2))
+    run(engine, 0, 2)
+    pieces = [piece for piece in optimizer._taken_over().zero.flats[0].pieces if piece.numel]
+    cut = pieces[-1] if dist.get_rank() == 0 else pieces[0]
+    assert 0 < cut.numel < math.prod(cut.shape)
+    name = next(name for name, param in model.named_parameters() if param is cut.param)
+    return name, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_sgd_sai_leaves_both_pieces_of_a_tensor_alone_where_one_is_not_finite(tmp_path):
+    found = on_ranks(2, cut_in_two_worker, tmp_path)
+    (cut,) = {name for name, _ in found}
+    weights, _ = one_process(sgd_sai, steps=2)
+    before, _ = one_process(sgd_sai, steps=1)
+    for name, expected in weights.items():
+        for _, rank in found:
+            torch.testing.assert_close(rank[name], before[name] if name == cut else expected, rtol=0, atol=1e-6)
+    assert not torch.equal(weights[cut], before[cut])
 
 
 # ---- Broken on purpose ----
@@ -279,19 +301,25 @@ def test_layouts_that_are_not_understood_are_errors(tmp_path):
 
 
 def counting_worker(folder):
+    from hf_sai import SGDSaI
+    from hf_sai.optim import finite
+
     engine, _, optimizer = build(functools.partial(sgd_sai, normalize="rms"), configuration(2))
     optimizer._taken_over()
     counts = []
     real = dist.all_gather
+    looks = []
+    real_look = finite._over_ranks
+    finite._over_ranks = lambda *args: looks.append(1) or real_look(*args)
     for step in range(STEPS):
         calls = []
         dist.all_gather = lambda *args, calls=calls, **named: calls.append(1) or real(*args, **named)
         run(engine, step, step + 1)
         dist.all_gather = real
         counts.append(len(calls))
+    finite._over_ranks = real_look
+    assert len(looks) == 2 * STEPS  # one for each group
     paired = [{"params": [torch.zeros(2, 3), torch.zeros(4, 2)], "paired": True}]
-    from hf_sai import SGDSaI
-
     model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 4, bias=False))
     paired = SGDSaI([{"params": list(model.parameters()), "paired": True}])
     refused = ""
@@ -306,7 +334,7 @@ def counting_worker(folder):
     return counts, refused
 
 
-def test_few_collectives_in_steps_that_measure_and_none_in_others(tmp_path):
+def test_few_collectives_in_steps_that_measure_and_one_for_inf_and_nan_in_others(tmp_path):
     for counts, refused in on_ranks(2, counting_worker, tmp_path):
         # The first has the check of the layout too; `late` is pending until the third step. Where a tensor is measured
         # for the first time its weights are looked at as well.

@@ -85,7 +85,7 @@ def adam_update(
         fuses = param.device.type in FUSED_DEVICES and in_order(param, grad, mean, square)
         if fuses and grad.dtype == param.dtype == mean.dtype:
             direct.setdefault((param.device, param.dtype), AdamBatch()).append(*row)
-        elif is_accelerator(param.device) and param.numel() <= LIST_NUMEL:
+        elif is_accelerator(param.device) and (param.numel() <= LIST_NUMEL or not in_order(param, mean, square)):
             key = (param.device, param.dtype, grad.dtype, mean.dtype, mean.is_contiguous())
             copied.setdefault(key, AdamBatch()).append(*row)
         else:

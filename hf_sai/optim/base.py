@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .clip_guard import listen
 from .finite import Found, LateNews, find_not_finite
 from .precision import undisturbed
 from .rounding import Rounding
@@ -108,6 +109,7 @@ class NamedOptimizer(Optimizer):
                 if not group["params"]:
                     group.setdefault("param_names", [])
         super().add_param_group(param_group)
+        listen()
         self.__dict__["_all_groups"] = self.param_groups
         self._positions().update({param: at for at, param in enumerate(self.param_groups[-1]["params"])})
 
@@ -305,7 +307,8 @@ class NamedOptimizer(Optimizer):
                 step, plain values of their states, which were written before it was known that one is not finite.
                 May be called more than once.
         """
-        found = find_not_finite(gradients)
+        taken = self._pieces
+        found = find_not_finite(gradients) if taken is None else find_not_finite(gradients, taken.ranks())
         if found.bad:
             self._tell_not_finite([name(index) for index in sorted(found.bad)])
         for indices, flags in found.tables:

@@ -1,8 +1,12 @@
 """
-Clipping that comes too late is refused: torch's functions that clip ask the layer-wise optimizers first.
+What torch's functions that clip tell the optimizers here, and what they ask them.
 
-A gradient that was used in the backward pass, and freed, is `None` for whoever clips, as that of a frozen parameter;
-torch says nothing then, and the step was made without clipping.
+Clipping reads all gradients for their norm. Where that is finite so are they, and a step need not look again, which
+would be a fifth of its traffic. A norm stays with the gradients that it was taken of, until they change.
+
+Clipping that comes too late is refused: a gradient that a layer-wise optimizer used in the backward pass, and freed,
+is `None` for whoever clips, as that of a frozen parameter; torch says nothing then, and the step was made without
+clipping.
 """
 
 from __future__ import annotations
@@ -20,38 +24,92 @@ from torch.nn.utils import clip_grad
 
 
 _guarded: weakref.WeakSet[Any] = weakref.WeakSet()
+# A norm, and the version that a gradient had then.
+_UNKNOWN: tuple[Tensor | None, int] = (None, -1)
 
 
 def guard(optimizer: Any) -> None:
     """
     From now on clipping of what this optimizer has used is an error.
 
-    The first call puts checks before torch's functions, under the names by which hosts and scripts reach them.
-
     Args:
         optimizer (`LayerwiseMixin`): With `has_used(param) -> bool`.
     """
-    if not hasattr(clip_grad.clip_grad_value_, "_asks_first"):
-        # All that clips by a norm comes through the first, also where a script has imported `clip_grad_norm_` by name.
-        clip_grad._clip_grads_with_norm_ = _asking(clip_grad._clip_grads_with_norm_)
-        by_value = _asking(clip_grad.clip_grad_value_)
-        clip_grad.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = by_value
+    listen()
     _guarded.add(optimizer)
 
 
-def _asking(clip: Callable[..., Any]) -> Any:
-    signature = inspect.signature(clip)
+def listen() -> None:
+    """Puts what is done here before and after torch's functions, under the names by which all reach them; once."""
+    if hasattr(clip_grad.clip_grad_value_, "_is_heard"):
+        return
+    # All that clips by a norm comes through these two, also where a script has imported `clip_grad_norm_` by name.
+    clip_grad._get_total_norm = _noting(clip_grad._get_total_norm)
+    clip_grad._clip_grads_with_norm_ = _keeping(_asking(clip_grad._clip_grads_with_norm_))
+    by_value = _asking(clip_grad.clip_grad_value_)
+    clip_grad.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = by_value
+
+
+def norm_with(gradient: Tensor) -> Tensor | None:
+    """
+    A norm that is finite only if a gradient is, where clipping has computed one and the gradient is still that.
+
+    Without dimensions, on the gradient's device; it may be that of many gradients.
+    """
+    norm, version = getattr(gradient, "_norm_with", _UNKNOWN)
+    return norm if version == gradient._version else None
+
+
+def _noting(total_norm: Callable[..., Tensor]) -> Any:
+    """As `_get_total_norm`, whose result the gradients keep."""
+
+    @functools.wraps(total_norm)
+    def noted(tensors: Any, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Tensor:
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        norm = total_norm(tensors, norm_type, *args, **kwargs)
+        # A DTensor would be read by a collective, and norms of order 0 and below are finite where a gradient is not.
+        if not torch.compiler.is_compiling() and type(norm) is Tensor and float(norm_type) > 0.0:
+            for tensor in tensors:
+                if tensor.device == norm.device:
+                    tensor._norm_with = (norm, tensor._version)
+        return norm
+
+    return noted
+
+
+def _keeping(clip: Callable[..., None]) -> Any:
+    """As `_clip_grads_with_norm_`, which multiplies by at most 1: gradients that have this norm keep it."""
 
     @functools.wraps(clip)
+    def kept(*args: Any, **kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return clip(*args, **kwargs)
+        parameters, bound, norm, *rest = _arguments(clip, args, kwargs)
+        gradients = [param.grad for param in parameters if param.grad is not None and float(bound) >= 0.0]
+        same = [gradient for gradient in gradients if norm_with(gradient) is norm]
+        clip(parameters, bound, norm, *rest)
+        for gradient in same:
+            gradient._norm_with = (norm, gradient._version)
+
+    return kept
+
+
+def _asking(clip: Callable[..., Any]) -> Any:
+    @functools.wraps(clip)
     def asked(*args: Any, **kwargs: Any) -> Any:
-        parameters, bound, *rest = signature.bind(*args, **kwargs).args
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        parameters, bound, *rest = _arguments(clip, args, kwargs)
         if math.isfinite(bound):  # the Trainer asks for the norm by a bound of infinity
             _refuse_late(parameters)
         return clip(parameters, bound, *rest)
 
-    asked._asks_first = True  # type: ignore[attr-defined]
+    asked._is_heard = True  # type: ignore[attr-defined]
     return asked
+
+
+def _arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
+    """What a function was called with, in its order; parameters as a list, which can be read more than once."""
+    parameters, *rest = inspect.signature(function).bind(*args, **kwargs).args
+    return [[parameters] if isinstance(parameters, Tensor) else list(parameters), *rest]
 
 
 def _refuse_late(parameters: list[Tensor]) -> None:

@@ -1,5 +1,5 @@
 """
-Which gradients are finite: one pass over them, and no word from a device that is waited for.
+Which gradients are finite: from the norm that clipping computed, or by a pass over them; no device is waited for.
 
 On the CPU it is known at once. On an accelerator it stays there, as kernels take it (`found_inf`), and is read in the
 next step, when it has long been there.
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import is_sharded, local, upload
+from .clip_guard import norm_with
+from .tensors import LIST_NUMEL, is_sharded, local
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Found:
         on_device (`dict[int, torch.Tensor]`): By index, of those on accelerators: a float32 number without dimensions,
             1.0 where any of the gradients there is not finite, as kernels take one for a whole list. One object for
             all gradients of a device or mesh.
-        tables (list of `(indices, tensor)`): Of each device or mesh, which of its gradients are not finite.
+        tables (list of `(indices, tensor)`): By device, mesh or norm, flags of gradients there: 1.0 where one is not
+            finite, or one flag for all.
     """
 
     bad: set[int] = field(default_factory=set)
@@ -36,7 +38,7 @@ class Found:
     tables: list[tuple[list[int], Tensor]] = field(default_factory=list)
 
 
-def find_not_finite(gradients: Sequence[Tensor]) -> Found:
+def find_not_finite(gradients: Sequence[Tensor], ranks: tuple[Any, torch.device] | None = None) -> Found:
     """
     Looks for inf and NaN.
 
@@ -44,30 +46,65 @@ def find_not_finite(gradients: Sequence[Tensor]) -> Found:
 
     Args:
         gradients (sequence of `torch.Tensor`): Dense, of any floating dtype and device. Not written.
+        ranks (process group and device, *optional*): Of ranks that hold pieces of the same tensors, in the same
+            order, and the device on which they talk.
     """
-    by_place: dict[Any, list[int]] = {}
-    if all(type(gradient) is Tensor and is_known_at_once(gradient.device) for gradient in gradients):
-        return Found({index for index, flag in enumerate(_bad_ones(gradients)) if flag}) if gradients else Found()
-    for index, gradient in enumerate(gradients):
-        place: Any = gradient.device_mesh if is_sharded(gradient) else gradient.device  # type: ignore[attr-defined]
-        by_place.setdefault(place, []).append(index)
     found = Found()
-    for place, indices in by_place.items():
+    unknown = range(len(gradients)) if ranks else _by_their_norms(gradients, found)
+    by_place: dict[Any, list[int]] = {}
+    for index in unknown:
+        gradient = gradients[index]
+        place: Any = gradient.device_mesh if is_sharded(gradient) else gradient.device  # type: ignore[attr-defined]
+        by_place.setdefault((place, gradient.dtype), []).append(index)
+    for (place, _), indices in by_place.items():
         there = [local(gradients[index]).detach() for index in indices]
-        flags = _not_finite(there)
-        if not isinstance(place, torch.device):
-            device = flags.device
-            flags = flags.to(place.device_type)  # under FSDP2's CPU offload the ranks can only talk on their devices
-            for dim in range(place.ndim):
-                group = place.get_group(dim)
-                torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=group)
-            flags = flags.to(device)
-        if is_known_at_once(flags.device):
-            found.bad.update(index for index, flag in zip(indices, flags.tolist(), strict=True) if flag)
-        else:
-            found.tables.append((indices, flags))
-            found.on_device.update(dict.fromkeys(indices, flags.amax()))
+        if ranks is None and isinstance(place, torch.device) and is_known_at_once(place):
+            found.bad.update(indices[i] for i in _bad_ones(there))
+            continue
+        flags = _flags(there)
+        if ranks is not None:
+            flags = _over_ranks(flags, [ranks[0]], ranks[1])
+        elif not isinstance(place, torch.device):
+            # Under FSDP2's CPU offload the ranks can only talk on their devices.
+            groups = [place.get_group(dim) for dim in range(place.ndim)]
+            flags = _over_ranks(flags, groups, torch.device(place.device_type))
+        _take(found, indices, flags)
     return found
+
+
+def _by_their_norms(gradients: Sequence[Tensor], found: Found) -> list[int]:
+    """Notes what norms say that clipping has computed; which gradients are left."""
+    if torch.compiler.is_compiling():
+        return list(range(len(gradients)))
+    left: list[int] = []
+    by_norm: dict[Tensor, list[int]] = {}
+    for index, norm in enumerate(map(norm_with, gradients)):
+        (left if norm is None else by_norm.setdefault(norm, [])).append(index)
+    for norm, indices in by_norm.items():
+        if is_known_at_once(norm.device):
+            left += [] if math.isfinite(norm.item()) else indices
+        elif is_captured(norm.device):  # a graph would replay a look at the memory of a norm from outside of it
+            left += indices
+        else:
+            _take(found, indices, (norm.float() * 0.0).ne_(0.0).reshape(1))
+    return sorted(left)
+
+
+def _take(found: Found, indices: list[int], flags: Tensor) -> None:
+    """Notes flags, one for each of the gradients or one for all."""
+    if is_known_at_once(flags.device):
+        found.bad.update(index for index, flag in zip(indices, flags.tolist(), strict=True) if flag)
+        return
+    found.tables.append((indices, flags))
+    found.on_device.update(dict.fromkeys(indices, flags[0] if len(flags) == 1 else flags.amax()))
+
+
+def _over_ranks(flags: Tensor, groups: Sequence[Any], device: torch.device) -> Tensor:
+    """1.0 where it is so on any rank."""
+    there = flags.to(device)
+    for group in groups:
+        torch.distributed.all_reduce(there, op=torch.distributed.ReduceOp.MAX, group=group)
+    return there.to(flags.device)
 
 
 def is_known_at_once(device: torch.device) -> bool:
@@ -75,31 +112,40 @@ def is_known_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _not_finite(gradients: list[Tensor]) -> Tensor:
-    """`[k]` float32: 1.0 for a tensor with inf or NaN; 0.0 for one without elements."""
-    device = gradients[0].device
-    if is_known_at_once(device):
-        return torch.tensor(_bad_ones(gradients) or [False] * len(gradients), dtype=torch.float32)
-    found = torch.zeros(len(gradients), dtype=torch.float32, device=device)
-    for dtype in {gradient.dtype for gradient in gradients}:
-        indices = [i for i, gradient in enumerate(gradients) if gradient.dtype == dtype and gradient.numel()]
-        if indices:
-            largest = torch.stack(torch._foreach_norm([gradients[i] for i in indices], math.inf))
-            bad = largest.isfinite().logical_not_().to(torch.float32)
-            if len(indices) == len(gradients):
-                return bad
-            found[upload(torch.tensor(indices), device)] = bad
-    return found
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _bad_ones(gradients: Sequence[Tensor]) -> list[bool]:
-    """Which gradients on the CPU have inf or NaN; an empty list where none has."""
+def _flags(gradients: list[Tensor]) -> Tensor:
+    """`[k]` float32, of gradients of one dtype: 1.0 for one with inf or NaN; 0.0 for one without elements."""
+    first = gradients[0]
+    if is_known_at_once(first.device):
+        flags = torch.zeros(len(gradients))
+        flags[_bad_ones(gradients)] = 1.0
+        return flags
+    small = [gradient for gradient in gradients if 0 < gradient.numel() <= LIST_NUMEL]
+    norms = iter(torch._foreach_norm(small, math.inf) if small else ())
+    empty = None if all(gradient.numel() for gradient in gradients) else first.new_zeros(())
+    largest = [
+        torch.linalg.vector_norm(gradient, math.inf)  # one launch, whatever its size
+        if gradient.numel() > LIST_NUMEL
+        else next(norms)
+        if gradient.numel()
+        else empty
+        for gradient in gradients
+    ]
+    return torch.stack(largest).float().mul_(0.0).ne_(0.0)  # type: ignore[arg-type]
+
+
+def _bad_ones(gradients: Sequence[Tensor]) -> list[int]:
+    """Which gradients on the CPU, of one dtype, have inf or NaN."""
     # The Euclidean norm is ten times as fast there as the largest value, and may overflow: then look closely.
-    dtypes, norms = {gradient.dtype for gradient in gradients}, torch._foreach_norm(list(gradients))
-    finite = torch.stack([norm.isfinite() for norm in norms]) if len(dtypes) > 1 else torch.stack(norms).isfinite()
+    finite = torch.stack(torch._foreach_norm(list(gradients))).isfinite()
     if bool(finite.all()):
         return []
-    return [not good and not _all_finite(each) for good, each in zip(finite.tolist(), gradients, strict=True)]
+    pairs = zip(finite.tolist(), gradients, strict=True)
+    return [index for index, (good, gradient) in enumerate(pairs) if not good and not _all_finite(gradient)]
 
 
 def _all_finite(gradient: Tensor) -> bool:
@@ -117,10 +163,10 @@ class LateNews:
         Has flags copied to the host without waiting.
 
         Args:
-            flags (`torch.Tensor`): `[k]`; not 0 where a gradient was not finite.
-            items (sequence): What [`LateNews.read`] gives back, one per flag.
+            flags (`torch.Tensor`): `[k]`, or `[1]` for all items; not 0 where a gradient was not finite.
+            items (sequence): What [`LateNews.read`] gives back, `k` of them.
         """
-        if flags.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_captured(flags.device):
             return  # what is replayed tells the host nothing, and changes none of its values
         there = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=flags.device.type == "cuda")
         there.copy_(flags, non_blocking=True)
@@ -133,7 +179,7 @@ class LateNews:
         for there, event, items in waiting:
             if event is not None:
                 event.synchronize()
-            found += [item for flag, item in zip(there.numpy(), items, strict=True) if flag]
+            found += [item for flag, item in zip(there.expand(len(items)).numpy(), items, strict=True) if flag]
         return found
 
 

@@ -284,7 +284,8 @@ def _combine_over_mesh(table: Tensor, gradients: Sequence[Tensor], mesh: Any) ->
     if table.device.type != mesh.device_type:  # FSDP2's CPU offload: the ranks can only talk on their devices
         table = table.to(mesh.device_type)
     for dim in range(mesh.ndim):
-        sharded = [gradient.placements[dim].is_shard() for gradient in gradients]  # type: ignore[attr-defined]
+        # Not `is_shard()`, which is False for the strided shards of FSDP2 over tensor parallelism.
+        sharded = [not gradient.placements[dim].is_replicate() for gradient in gradients]  # type: ignore[attr-defined]
         if not any(sharded):
             continue
         pieces = [torch.empty_like(table) for _ in range(mesh.size(dim))]

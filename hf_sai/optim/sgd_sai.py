@@ -45,7 +45,8 @@ class SGDSaI(MeasuredScales):
     A gradient is informative if it is finite and not all zero. Until a tensor has had one it is *pending*: a zero
     gradient changes nothing but the decay. A gradient with inf or NaN leaves that tensor and its state as they are, at
     any step, with one warning. On an accelerator, where the host does not wait to be told, the tensors of a group
-    share a call and so its fate: none of them moves in that step, and the warning comes in the next one. LoRA's `A`,
+    share a call and so its fate: none of them moves in that step, and the warning comes in the next one. To know costs
+    a pass over the gradients, but not where `torch.nn.utils.clip_grad_norm_` has found their norm finite. LoRA's `A`,
     whose gradient is zero at step 1 because `B` is zero, is measured at the first step after `B` moved and trains; the
     published implementations freeze it. A tensor of one element, or whose gradient is constant to the precision of its
     dtype, has no standard deviation: its g-SNR is `sqrt(n)`, marked as fallback, and it never sets the maximum. (While

@@ -5,7 +5,7 @@ What is computed stands in [`Coefficients`] of `sgd_batch.py`.
 
 - single: one tensor after the other, eager. Any dtype and layout; bf16 and fp16 are computed in float32.
 - fused: `torch._fused_sgd_`, the kernel of `torch.optim.SGD(fused=True)`, once per tensor, which reads p, g, N and
-  writes p, N in one pass: on the CPU, and on accelerators for large tensors.
+  writes p, N in one pass (two where the learning rate is a tensor): on the CPU, and on accelerators for large tensors.
 - together: one product of all gradients with their weights and one call of that kernel for a list of tensors: what
   accelerators need where tensors are small. Without the kernel `torch._foreach_*`, which costs no temporary either.
 - wide: the same through float32 copies of a list: accelerators, where dtypes differ or rounding is not the kernel's.
@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 # Below this size calling the compiled kernel (30 us) costs more than it saves.
 COMPILED_NUMEL = 1 << 16
-# From this size on, one kernel launch per tensor is cheaper on an accelerator than the extra pass over the gradient:
-# 2^21 elements are 20 MB of traffic in bf16, about as long as the launch takes.
-ACCELERATOR_FUSED_NUMEL = 1 << 21
+# From this size on, one kernel launch per tensor is cheaper on an accelerator than an extra pass over the gradient: to
+# read and write 2^22 elements in bf16 is 17 MB of traffic, which takes as long as one or two launches.
+ACCELERATOR_FUSED_NUMEL = 1 << 22
 # The kernel's version for the CPU is right for these only: in torch 2.13 it gives wrong bf16 and fp16 results (see
 # tests/test_updates.py). The one for CUDA computes low precision in float32.
 _NATIVE = (torch.float32, torch.float64)
@@ -95,22 +95,24 @@ def _path(
         return "single"
     same = grad.dtype == dtype and (buffer is None or buffer.dtype == dtype)
     native = same and dtype in _NATIVE
-    rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
-    has_kernel = device.type in FUSED_DEVICES and in_order(param, grad, buffer)
     by_tensor = isinstance(c.step, Tensor)
     if not is_accelerator(device):
-        if fused and has_kernel and not native and buffer is not None and not rounds and not by_tensor:
-            return "compiled" if numel >= COMPILED_NUMEL and not _compile_failed else "single"
-        if not native or by_tensor:  # the kernel would read the tensor
-            return "single"
-        if has_kernel and (fused or (fused is None and not foreach)):
-            return "fused"
-        return "together" if foreach else "single"
+        if native and not by_tensor:  # a tensor would be read by the kernel
+            if (fused or (fused is None and not foreach)) and in_order(param, grad, buffer):
+                return "fused"
+            return "together" if foreach else "single"
+        rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
+        generates = fused and not native and buffer is not None and not rounds and not by_tensor
+        if generates and numel >= COMPILED_NUMEL and not _compile_failed and in_order(param, grad, buffer):
+            return "compiled"
+        return "single"
+    has_kernel = device.type in FUSED_DEVICES and in_order(param, grad, buffer)
+    rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
     if foreach is False and fused is False:
         return "single"
     if not same or rounds or (low_precision(dtype) and (device.type not in FUSED_DEVICES or fused is False)):
         return "wide"
-    if has_kernel and fused is not False and not by_tensor and (foreach is False or numel >= ACCELERATOR_FUSED_NUMEL):
+    if has_kernel and fused is not False and (foreach is False or numel >= ACCELERATOR_FUSED_NUMEL) and _by_itself(c):
         return "fused"
     return "together" if has_kernel or native else "wide"
 
@@ -164,22 +166,20 @@ def _one_pass(param: Tensor, grad: Tensor, buffer: Tensor, row: Tensor) -> None:
 # ---- fused ----
 
 
+def _by_itself(c: Coefficients) -> bool:
+    """Whether the kernel can do one tensor alone, with nothing prepared."""
+    return not (c.pull and c.after)
+
+
 def _fused(batch: Batch) -> None:
-    kernel = torch._fused_sgd_
     for param, grad, buffer, c in batch:
-        kernel(
-            [param],
-            [grad],
-            [] if buffer is None else [buffer],
-            lr=c.step * c.weight if buffer is None else c.step,
-            weight_decay=c.pull / c.weight,
-            momentum=0.0 if buffer is None else c.keep or _NOTHING,
-            dampening=1.0 - c.weight,
-            nesterov=False,
-            maximize=batch.maximize,
-            is_first_step=False,
-            found_inf=batch.found,
-        )
+        if buffer is None:
+            _call([param], [grad], [], c.step * c.weight, c.pull / c.weight, batch)
+        elif c.after:  # N + w (g + (keep - 1) / w N), then p - step (N + after p)
+            _call([buffer], [grad], [], -c.weight, (c.keep - 1.0) / c.weight, batch)
+            _call([param], [buffer], [], c.step, c.after, Batch(found=batch.found))
+        else:
+            _call([param], [grad], [buffer], c.step, c.pull / c.weight, batch, c.keep, 1.0 - c.weight)
 
 
 # The kernel takes a momentum of 0 for "there is no buffer".
@@ -211,6 +211,10 @@ def _alike(batch: Batch) -> list[Batch]:
 def _step_of_list(batch: Batch, kernel: bool, own_grads: bool = False) -> None:
     """One update with coefficients that differ in the weights only; `own_grads` are written to."""
     params, grads, buffers, c = batch.params, batch.grads, batch.buffers, batch.coefficients[0]
+    has_kernel = kernel and params[0].device.type in FUSED_DEVICES and in_order(params[0], grads[0], *buffers[:1])
+    if has_kernel and len(params) == 1 and _by_itself(c):
+        _fused(batch)
+        return
     weights = [batch.sign * each.weight for each in batch.coefficients]
     if any(weight != 1.0 for weight in weights):
         if own_grads:
@@ -218,16 +222,17 @@ def _step_of_list(batch: Batch, kernel: bool, own_grads: bool = False) -> None:
         else:
             grads = list(torch._foreach_mul(grads, weights))
     by_tensor = isinstance(c.step, Tensor)
-    if kernel and params[0].device.type in FUSED_DEVICES and in_order(params[0], grads[0], *buffers[:1]):
+    if has_kernel:
+        plain = Batch(found=batch.found)
         if not by_tensor:
-            _call(params, grads, buffers, c.step, c.pull, c.keep, batch.found)
+            _call(params, grads, buffers, c.step, c.pull, plain, c.keep)
             return
         if buffers and c.pull:
             with unless(batch.found, buffers):
                 _advance(params, grads, buffers, c)
         elif buffers:  # N + (g + (keep - 1) N), by the kernel, which takes the flag
-            _call(buffers, grads, [], -1.0, c.keep - 1.0, 0.0, batch.found)
-        _call(params, buffers or grads, [], c.step, c.after if buffers else c.pull, 0.0, batch.found)
+            _call(buffers, grads, [], -1.0, c.keep - 1.0, plain)
+        _call(params, buffers or grads, [], c.step, c.after if buffers else c.pull, plain)
         return
     with unless(batch.found, params, buffers):
         if buffers:
@@ -255,8 +260,9 @@ def _call(
     buffers: list[Tensor],
     step: Any,
     decay: float,
-    momentum: float,
-    found: Tensor | None,
+    batch: Batch,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
 ) -> None:
     torch._fused_sgd_(
         params,
@@ -265,11 +271,11 @@ def _call(
         lr=step.float() if isinstance(step, Tensor) else step,  # the kernel reads float32
         weight_decay=decay,
         momentum=(momentum or _NOTHING) if buffers else 0.0,
-        dampening=0.0,
+        dampening=dampening,
         nesterov=False,
-        maximize=False,
+        maximize=batch.maximize,
         is_first_step=False,
-        found_inf=found,
+        found_inf=batch.found,
     )
 
 
@@ -320,14 +326,15 @@ def _in_pieces(batch: Batch) -> Batch:
 def _wide_step(batch: Batch, kernel: bool) -> None:
     wide = torch.promote_types(batch.params[0].dtype, torch.float32)
     flat, params = copies(batch.params, wide)
-    _, grads = copies(batch.grads, wide)
+    own_grads = batch.grads[0].dtype != wide or not all(grad.is_contiguous() for grad in batch.grads)
+    grads = copies(batch.grads, wide)[1] if own_grads else batch.grads
     buffers = batch.buffers
     if buffers and (buffers[0].dtype != wide or not all(buffer.is_contiguous() for buffer in buffers)):
         _, buffers = copies(buffers, wide)
     if batch.errors:
         torch._foreach_add_(params, copies(batch.errors, wide)[1])
     own = Batch(batch.maximize, None, params, grads, buffers, [], batch.coefficients, batch.found)
-    _step_of_list(own, kernel, own_grads=True)
+    _step_of_list(own, kernel, own_grads)
     if buffers is not batch.buffers:
         torch._foreach_copy_(batch.buffers, buffers)
     if batch.rounding is not None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 BLOCK_NUMEL = 1 << 20
 # Where torch has fused kernels that are used here.
 FUSED_DEVICES = ("cpu", "cuda")
-# Elements per list of tensors that accelerators take at once: 64 MiB for each float32 copy. One launch of torch's
-# multi-tensor kernels covers 320 chunks of 2^16 elements, so that longer lists would not save launches.
-LIST_NUMEL = 1 << 24
+# Elements per list of tensors that accelerators take at once: what one launch of torch's multi-tensor kernels covers,
+# 320 chunks of 2^16, so that longer lists would not save launches. 80 MiB for each float32 copy.
+LIST_NUMEL = 320 << 16
 
 
 def is_accelerator(device: torch.device) -> bool:

@@ -140,6 +140,10 @@ class ZeroPieces:
         """`(offset, numel)` of the whole tensor's pieces on all ranks."""
         return self.places[self.pieces[view]]
 
+    def ranks(self) -> tuple[Any, torch.device]:
+        """Those that share the tensors, and the device on which they talk."""
+        return self.zero.process_group, torch.device(self.zero.device())
+
     def _gradients(self, flat: Flat) -> list[Tensor]:
         if flat in self._now:
             return flat.gradient()
