@@ -91,7 +91,7 @@ def _with_version(command: Callable[..., None]) -> Callable[..., None]:
 
 def list_optimizers() -> None:
     """Names of the optimizers, with their options and defaults."""
-    from ..optim.facts import optimizer_table
+    from ..optimizer_facts import optimizer_table
 
     for row in optimizer_table():
         typer.echo(_wrapped(f"{row['name']}: {row['description']}", "  "))

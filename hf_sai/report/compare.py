@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, TypeVar
 
-from ..optim.facts import defaults_of
+from ..optimizer_facts import defaults_of
 from .data import ReportData
 from .rows import TensorRow
 from .schema import ReportError

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..optim.facts import ADAM, facts_of
+from ..optimizer_facts import ADAM, facts_of
 from . import schema
 from .rows import RouteRow, TensorRow, grouped, layers_of, lists_in, median, route_row, shape_of, tensor_row
 from .schema import SCHEMA, STATUSES
