@@ -239,6 +239,13 @@ def test_a_result_goes_into_the_value_or_behind_the_last():
     ]
 
 
+def test_a_result_that_is_there_already_keeps_its_spelling():
+    for value, same in (("0.90", 0.9), ("1", 1.0)):
+        header = Header(before := MODEL_INDEX.replace("0.90", value), "\n")
+        header.add_results([result(same)], "unused")
+        assert header.source == before
+
+
 @pytest.mark.parametrize("before", ["results: []", "results: [] # none", "results:   []"])
 def test_a_host_that_measured_nothing_leaves_a_place(before):
     header = Header(f"model-index:\n- name: run\n  {before}\nz: 1", "\n")

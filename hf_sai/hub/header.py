@@ -56,12 +56,7 @@ def split_card(content: str) -> Parts:
 
 
 def header_of(parts: Parts) -> Header:
-    """
-    The header of a card, for edits.
-
-    Raises:
-        `HeaderError`: It can't be read, or the card begins as a header does and the Hub sees none.
-    """
+    """The header of a card, for edits; an error too where the card begins as a header does and the Hub sees none."""
     if not parts.after and _LOOKS_LIKE_A_BLOCK.search(parts.text):
         raise HeaderError("it must end with a line --- as it begins with one, without blanks behind the first")
     return Header(parts.source, newline_of("".join(parts)))
@@ -80,14 +75,9 @@ def join_card(parts: Parts, source: str) -> str:
 
 class Header:
     """
-    The source of a header, and edits of it. Each edit is read back, and undone where anything else changed.
-
-    Args:
-        source (`str`): YAML, without the lines `---`.
-        newline (`str`): What ends a new line.
-
-    Raises:
-        `HeaderError`: It is no mapping of names in block style, or has a name twice.
+    The source of a header (YAML, without the lines `---`), and edits of it. Each edit is read back, and undone where
+    anything else changed. A source that is no mapping of names in block style, or has a name twice, is a
+    `HeaderError`.
     """
 
     def __init__(self, source: str, newline: str) -> None:
@@ -189,10 +179,8 @@ class Header:
 
     def rewrite(self, change: Callable[[tuple[Any, ...], Any], Any]) -> None:
         """
-        Replaces values wherever they stand, but keys.
-
-        Args:
-            change (callable): From the place (`("model-index", 0, "name")`) and the value to the new value.
+        Replaces values wherever they stand, but keys: `change` gets the place, `("model-index", 0, "name")`, and the
+        value.
         """
         source, constructor = self.source, yaml.constructor.SafeConstructor()
         for place, node in sorted(_leaves(self._root(), ()), key=lambda each: -each[1].start_mark.index):
@@ -346,7 +334,7 @@ def _leaves(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
 
 def _changed(data: Any, place: tuple[Any, ...], change: Callable[[tuple[Any, ...], Any], Any]) -> Any:
     new = change(place, data)
-    if new is not data:
+    if new is not data and new != data:
         return new
     if isinstance(data, dict):
         return {key: _changed(value, (*place, key), change) for key, value in data.items()}

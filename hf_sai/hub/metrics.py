@@ -114,14 +114,8 @@ class ComputeMetrics:
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         """
-        Takes a batch, or all of an evaluation.
-
-        Args:
-            prediction (`transformers.EvalPrediction`): Predictions and labels.
-            compute_result (`bool`, *optional*, defaults to `True`): Whether it is the last batch.
-
-        Returns:
-            `dict[str, float]`: The numbers that the modules give; nothing before the last batch.
+        Takes a batch, or all of an evaluation; gives the numbers of the modules after the last batch, and nothing
+        before.
         """
         predictions, labels = prediction.predictions, prediction.label_ids
         predictions = predictions[0] if isinstance(predictions, (tuple, list)) else predictions

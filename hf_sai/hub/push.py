@@ -6,10 +6,9 @@ import contextlib
 import logging
 import os
 import shlex
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,7 +208,7 @@ class HostPushes:
     private: bool | None = None  # goes before what the trainer asks for
     create_pr: bool = False
     _pending: list[Future[CommitInfo | None]] = field(default_factory=list)
-    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _turns: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "hf_sai push"))
 
     @contextlib.contextmanager
     def asked(self, private: bool | None, create_pr: bool) -> Iterator[None]:
@@ -250,28 +249,22 @@ class HostPushes:
         push = Push(Path(folder_path), destination, path_in_repo, ignored, commit_message, self.timeout)
         if not run_as_future:
             return push.run(self.strict)
-        future: Future[CommitInfo | None] = Future()
+        future = self._turns.submit(_run_until, push, time.monotonic() + self.timeout)
         self._pending = [each for each in self._pending if not each.done()] + [future]
-        end = time.monotonic() + self.timeout
-        threading.Thread(target=self._run_in_turn, args=(push, future, end), name="hf_sai push").start()
         return future
-
-    def _run_in_turn(self, push: Push, future: Future[CommitInfo | None], end: float) -> None:
-        """One push after the other. Ends in time, so that Python may wait for the thread."""
-        if self._turn.acquire(timeout=max(0.0, end - time.monotonic())):
-            try:
-                future.set_result(replace(push, timeout=max(0.0, end - time.monotonic())).run())
-            except BaseException as error:
-                future.set_exception(error)
-            finally:
-                self._turn.release()
-        else:
-            logger.warning("A push to %s was left out: the one before it took too long.", push.destination.repo_id)
-            future.set_result(None)
 
     def wait(self) -> None:
         """Waits for the pushes in the background; all of them end in time."""
         wait(self._pending)
+
+
+def _run_until(push: Push, end: float) -> CommitInfo | None:
+    """A push whose turn has come; it ends in time, so that Python may wait for its thread."""
+    left = end - time.monotonic()
+    if left > 0.0:
+        return replace(push, timeout=left).run()
+    logger.warning("A push to %s was left out: the one before it took too long.", push.destination.repo_id)
+    return None
 
 
 def card_for(api: HfApi, info: ModelInfo, files: Files) -> Files:

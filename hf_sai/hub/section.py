@@ -155,14 +155,7 @@ def render_section(facts: dict[str, Any]) -> str:
 
 
 def insert_section(text: str, section: str, line: str | None = None) -> str:
-    """
-    The card's text with the section once: where it stood, else at the end, after a blank line.
-
-    Args:
-        text (`str`): Markdown, without the YAML header.
-        section (`str`): With its markers.
-        line (`str`, *optional*): What ends its lines; defaults to what ends those of the text.
-    """
+    """The text of a card with the section once: where it stood, else at the end, after a blank line."""
     line = line or newline_of(text or section)
     section = re.sub(r"\r\n|\r|\n", lambda _: line, section)
     if SECTION.search(text):
