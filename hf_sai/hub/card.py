@@ -178,9 +178,11 @@ def card_aside(path: Path) -> Iterator[bytes | None]:
     While it is open, a card that can't be read stands beside its place: PEFT reads the card of a folder that it saves
     to, and a training would end there. Afterwards it is back. Yields its bytes; `None` where there are none.
     """
-    before = path.read_bytes() if path.is_file() else None
+    before: bytes | None = None
+    with contextlib.suppress(OSError):
+        before = path.read_bytes()
     aside = path.with_name(f"_{path.name}")
-    unreadable = before is not None and read_card(path) is None
+    unreadable = path.is_file() and read_card(path) is None
     if unreadable:
         os.replace(path, aside)
     try:
