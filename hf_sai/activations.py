@@ -146,11 +146,10 @@ def _counted_kernels() -> Iterator[None]:
             setattr(home, name, theirs)
 
 
-def forward_bytes(
-    model: nn.Module, batch: int, sequence: int | None, checkpointing: bool, frozen: set[Tensor] | None = None
-) -> tuple[int | None, str]:
+def forward_bytes(model: nn.Module, batch: int, sequence: int | None, checkpointing: bool) -> tuple[int | None, str]:
     """
-    Bytes that a training's forward pass leaves, output and loss included, and the first gradient of the backward pass.
+    Bytes that a training's forward pass leaves, output and loss included, and the first gradient of the backward pass,
+    with `""`; or `None` and the reason.
 
     Args:
         model (`torch.nn.Module`): On the meta device, of transformers, with or without an adapter of PEFT. It is
@@ -158,10 +157,6 @@ def forward_bytes(
         batch (`int`): Examples.
         sequence (`int`, *optional*): Tokens of each; of sound, frames of 20 ms; not of pictures.
         checkpointing (`bool`): Whether layers keep their input alone; the largest one is then counted once.
-        frozen (`set`, *optional*): Weights that are stored in another way; the model's own all the same.
-
-    Returns:
-        `tuple`: The bytes and `""`, or `None` and the reason.
     """
     kept = _Kept({each.untyped_storage()._cdata for each in [*model.parameters(), *model.buffers()]})
     again = 0
@@ -237,15 +232,7 @@ def sequence_of(model: Any, asked: int | None) -> int | None:
 def model_inputs(
     model: Any, batch: int, sequence: int | None, device: str = "meta"
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """
-    What a model's forward pass takes, and labels to try in turn.
-
-    Args:
-        model (`torch.nn.Module`): Of transformers.
-        batch (`int`): Examples.
-        sequence (`int`, *optional*): Tokens; defaults to 1024 or as many as the model takes.
-        device (`str`, *optional*, defaults to `"meta"`): Where they are made.
-    """
+    """What the forward pass of a model of transformers takes, made on a device, and labels to try in turn."""
     config = model.config
     length = sequence_of(model, sequence) or 1
     forward = inspect.signature(_inner(model).forward).parameters

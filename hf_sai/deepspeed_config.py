@@ -30,10 +30,8 @@ _UNTRIED = {
 
 def deepspeed_config(args: Any) -> dict[str, Any] | None:
     """
-    The configuration that a Trainer's arguments, or accelerate's launcher, have made; `None` without DeepSpeed.
-
-    Args:
-        args (`transformers.TrainingArguments`): After their `__post_init__`.
+    The configuration that a Trainer's arguments, after their `__post_init__`, or accelerate's launcher have made;
+    `None` without DeepSpeed.
     """
     for holder in (getattr(args, "hf_deepspeed_config", None), getattr(args, "deepspeed_plugin", None)):
         holder = getattr(holder, "hf_ds_config", holder)
@@ -48,16 +46,8 @@ def check_config(
     name: str, record: OptimizerRecord, config: Mapping[str, Any], routing: Mapping[str, Any] | None = None
 ) -> None:
     """
-    Refuses what would train with another optimizer, or in a way that was never tried.
-
-    Args:
-        name (`str`): As `optim` has it.
-        record (`OptimizerRecord`): Its.
-        config (mapping): DeepSpeed's.
-        routing (mapping, *optional*): The options that decide about groups.
-
-    Raises:
-        `OptionError`: Something is refused.
+    Refuses with an `OptionError` what would train with another optimizer than `optim=name`, or in a way that was never
+    tried; `routing` are the options that decide about groups.
     """
     if "optimizer" in config:
         kind = config["optimizer"].get("type", "one") if isinstance(config["optimizer"], Mapping) else "one"

@@ -7,6 +7,7 @@ against the optimizers themselves; ours, and any that a record adds, are asked.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,34 +25,20 @@ from .optim.tensors import optimizer_state_bytes
 # bitsandbytes since 0.45: blocks of 256 elements with a float32 maximum each, smaller tensors in 32 bits, and two
 # tables of 256 float32 numbers that all tensors share.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST_NUMEL, EIGHT_BIT_TABLES = 256, 4096, 2 * 256 * 4
-ZERO_STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """
-    Bytes of one optimizer's training, on each device.
+    """Bytes of one optimizer's training, on each device."""
 
-    Args:
-        optimizer (`str`): One of [`all_kinds`].
-        weights (`int`): Parameters and buffers of the model.
-        gradients (`int`): Of all that trains; of the largest tensor alone where updates are layer-wise.
-        state (`int`): The tensors that the optimizer keeps.
-        extra (`int`): The most that an update needs on top, for a while.
-        activations (`int` or `None`): What a forward pass leaves for the backward pass; `None` where not counted.
-        checked (`bool`): Whether tests hold `state` against the optimizer itself; otherwise it is its documented
-            layout.
-        layerwise (`bool`, *optional*, defaults to `False`): Whether updates are made inside the backward pass.
-    """
-
-    optimizer: str
-    weights: int
-    gradients: int
-    state: int
-    extra: int
-    activations: int | None
-    checked: bool
-    layerwise: bool = False
+    optimizer: str  # of all_kinds()
+    weights: int  # parameters and buffers of the model
+    gradients: int  # of all that trains; of the largest tensor alone where updates are layer-wise
+    state: int  # the tensors that the optimizer keeps
+    extra: int  # the most that an update needs on top, for a while
+    activations: int | None  # what a forward pass leaves for the backward pass; None where not counted
+    checked: bool  # whether tests hold `state` against the optimizer itself; else it is its documented layout
+    layerwise: bool = False  # whether updates are made inside the backward pass
 
     @property
     def total(self) -> int:
@@ -73,7 +60,7 @@ class _Kind:
     """What one optimizer keeps of one tensor, what an update needs on top, and what it keeps besides."""
 
     state: Callable[[Tensors], int]
-    extra: Callable[[ModelShapes], int]
+    extra: Callable[[ModelShapes], int] = lambda model: 0  # written in place
     fixed: int = 0
     layerwise: bool = False
     checked: bool = True
@@ -117,23 +104,11 @@ def memory_rows(
         kind = kinds[name]
         gradients = max(row.bytes for row in model.trained) if kind.layerwise else model.gradients
         state = kind.fixed + sum(row.count * kind.state(row) for row in model.trained)
-        rows.append(
-            MemoryRow(
-                name,
-                _share(model.weights, gpus if zero >= 3 else 1),
-                _share(gradients, gpus if zero >= 2 else 1),
-                _share(state, gpus if zero >= 1 else 1),
-                kind.extra(model),
-                model.activations,
-                kind.checked,
-                kind.layerwise,
-            )
-        )
+        parts = ((3, model.weights), (2, gradients), (1, state))  # from which stage on each is shared
+        weights, gradients, state = (-(-size // gpus) if zero >= stage else size for stage, size in parts)
+        extra = kind.extra(model)
+        rows.append(MemoryRow(name, weights, gradients, state, extra, model.activations, kind.checked, kind.layerwise))
     return rows
-
-
-def _share(count: int, gpus: int) -> int:
-    return -(-count // gpus)
 
 
 def _adamw(row: Tensors) -> int:
@@ -155,16 +130,6 @@ def _adafactor(row: Tensors) -> int:
     return 4 * (math.prod(row.shape[:-1]) + math.prod(row.shape[:-2]) * row.shape[-1]) + 4
 
 
-def _one_buffer(row: Tensors) -> int:
-    """Momentum in the parameter's dtype."""
-    return row.bytes
-
-
-def _nothing(model: ModelShapes) -> int:
-    """A fused update writes in place."""
-    return 0
-
-
 def _adafactor_extra(model: ModelShapes) -> int:
     """
     Two float32 tensors of the largest one's size, and the one before it, which is let go late; with low precision the
@@ -174,10 +139,10 @@ def _adafactor_extra(model: ModelShapes) -> int:
 
 
 _OF_OTHERS: dict[str, _Kind] = {
-    "adamw": _Kind(_adamw, _nothing),
-    "adamw_8bit": _Kind(_adamw_8bit, _nothing, fixed=EIGHT_BIT_TABLES, checked=False),
+    "adamw": _Kind(_adamw),
+    "adamw_8bit": _Kind(_adamw_8bit, fixed=EIGHT_BIT_TABLES, checked=False),
     "adafactor": _Kind(_adafactor, _adafactor_extra),
-    "sgd": _Kind(_one_buffer, _nothing),
+    "sgd": _Kind(lambda row: row.bytes),  # momentum in the parameter's dtype
 }
 
 
@@ -227,32 +192,18 @@ def largest_llamas(
     card_bytes: int, optimizers: Sequence[str], training: Training | None = None, zero: int = 0, gpus: int = 1
 ) -> dict[str, tuple[int, int]]:
     """
-    The largest [`hf_sai.model_shapes.llama_shapes`] whose training fits a card, its activations included.
-
-    Args:
-        card_bytes (`int`): Memory of the card.
-        optimizers (sequence of `str`): Of [`all_kinds`].
-        training (`Training`, *optional*): How it is trained; not quantised.
-        zero (`int`, *optional*, defaults to 0): As in [`memory_rows`].
-        gpus (`int`, *optional*, defaults to 1): As in [`memory_rows`].
-
-    Returns:
-        `dict`: Layers and number of parameters, by optimizer; `(0, 0)` where not one layer fits.
+    The largest [`hf_sai.model_shapes.llama_shapes`] whose training, not quantised, fits a card's bytes, activations
+    included: layers and number of parameters, by optimizer; `(0, 0)` where not one layer fits.
     """
+
+    def peak(layers: int, optimizer: str) -> int:
+        return memory_rows(llama_shapes(layers, training), [optimizer], zero, gpus)[0].peak
+
     found = {}
     for optimizer in optimizers:
-        fits, too_many = 0, 1
-        while _peak_of_llama(too_many, optimizer, training, zero, gpus) <= card_bytes:
-            fits, too_many = too_many, 2 * too_many
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if _peak_of_llama(middle, optimizer, training, zero, gpus) <= card_bytes:
-                fits = middle
-            else:
-                too_many = middle
+        too_many = 1
+        while peak(too_many, optimizer) <= card_bytes:
+            too_many *= 2
+        fits = bisect.bisect_right(range(1, too_many), card_bytes, key=lambda layers: peak(layers, optimizer))
         found[optimizer] = (fits, llama_shapes(fits, training).parameters if fits else 0)
     return found
-
-
-def _peak_of_llama(layers: int, optimizer: str, training: Training | None, zero: int, gpus: int) -> int:
-    return memory_rows(llama_shapes(layers, training), [optimizer], zero, gpus)[0].peak

@@ -46,9 +46,9 @@ def shapes_of_source(
         `ValueError`: The configuration can't be read or built, an option does not fit it, or PEFT is not installed.
     """
     training = training or Training()
-    fields, folder = read_config(source, revision)
+    fields = read_config(source, revision)
     with _quiet():
-        config, model_class = _classes(fields, source, folder, revision, trust_remote_code)
+        config, model_class = _classes(fields, source, revision, trust_remote_code)
         dtype, note = _dtype(fields, training.dtype)
         model = _built(model_class, config, dtype)
         packed = _packed(model, fields, training)
@@ -73,9 +73,6 @@ def shapes_of(
         dtype (`str`, *optional*): Its name in the result; defaults to that of the first floating-point parameter.
         packed (`dict`, *optional*): Bytes of the weights that are stored in another way than they are here.
         note (`str`, *optional*): What a reader has to know.
-
-    Raises:
-        `ValueError`: A parameter is not on the meta device.
     """
     training = training or Training()
     places = sorted({param.device.type for param in model.parameters()} - {"meta"})
@@ -95,9 +92,7 @@ def shapes_of(
             if param.requires_grad
         ]
     )
-    activations, reason = forward_bytes(
-        model, training.batch, training.sequence, training.gradient_checkpointing, set(packed)
-    )
+    activations, reason = forward_bytes(model, training.batch, training.sequence, training.gradient_checkpointing)
     notes = [note, without_matrix, f"Activations are not counted: {reason}." if activations is None else ""]
     dtype = dtype or next((_name(each.dtype) for each in params if each.is_floating_point()), "float32")
     parameters = sum(param.numel() for param in params)
@@ -134,22 +129,13 @@ def _quiet() -> Iterator[None]:
 # ---- the configuration ----
 
 
-def read_config(source: str, revision: str | None = None) -> tuple[dict[str, Any], Path | None]:
-    """
-    The fields of a `config.json`, and the folder here that it stands in (`None` for a repository).
-
-    Raises:
-        `OSError`: There is no such folder or repository; what the Hub advises is in the message.
-        `ValueError`: It is no configuration of a model.
-    """
-    path, folder = Path(source), None
-    if path.is_dir():
-        folder, file = path, path / "config.json"
-        if not file.is_file():
-            raise ValueError(f"a model's folder must hold config.json, but {source} does not; {_base_of(path)}")
-    elif path.is_file():
-        folder, file = path.parent, path
-    else:
+def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
+    """The fields of a `config.json`."""
+    path = Path(source)
+    file = path / "config.json" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ValueError(f"a model's folder must hold config.json, but {source} does not; {_base_of(path)}")
+    if not file.is_file():
         file = _downloaded(source, revision)
     if file.stat().st_size > _LARGEST_CONFIG:
         raise ValueError(f"a config.json must be below {_LARGEST_CONFIG:,} bytes, but that of {source} is larger")
@@ -159,7 +145,7 @@ def read_config(source: str, revision: str | None = None) -> tuple[dict[str, Any
         raise ValueError(f"config.json of {source} must be JSON but: {error}; download it again") from None
     if not isinstance(fields, dict):
         raise ValueError(f"config.json of {source} must be an object but is a {type(fields).__name__}")
-    return fields, folder
+    return fields
 
 
 def _base_of(folder: Path) -> str:
@@ -183,9 +169,7 @@ def _downloaded(source: str, revision: str | None) -> Path:
         ) from None
 
 
-def _classes(
-    fields: dict[str, Any], source: str, folder: Path | None, revision: str | None, trust_remote_code: bool
-) -> tuple[Any, Any]:
+def _classes(fields: dict[str, Any], source: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
     """The configuration and the class of its model."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -331,30 +315,19 @@ def _with_adapter(model: nn.Module, rank: int, targets: str) -> nn.Module:
 
 def _packed(model: Any, fields: dict[str, Any], training: Training) -> dict[Tensor, int]:
     """Bytes of the weights that are stored quantised, by parameter; empty where none are."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     bytes_of, skipped = quantization_of(fields.get("quantization_config"), training.quantization)
     if bytes_of is None:
         return {}
     if training.lora_rank is None:
         raise ValueError("quantised weights can't be trained themselves; add adapters: --lora 16")
-    skip = skipped if skipped is not None else _kept_whole(model)
+    skip = get_keys_to_not_convert(model) if skipped is None else list(skipped)
     packed = {}
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-        if linear and not any(_stays_whole(name, key) for key in skip):
+        if linear and should_convert_module(name, skip):
             rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
             packed[module.weight] = bytes_of(rows, columns)
     return packed
-
-
-def _stays_whole(name: str, key: str) -> bool:
-    """As transformers matches names of modules that are not to be quantised: their beginning or their end."""
-    return name.endswith(key) or re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) is not None
-
-
-def _kept_whole(model: Any) -> set[str]:
-    """What transformers leaves out by itself: the head, tied weights, and the last module."""
-    head = model.get_output_embeddings()
-    names = {name for name, module in model.named_modules() if head is not None and module is head}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    names |= {*tied.keys(), *tied.values(), [name for name, _ in model.named_parameters()][-1]}
-    return {name.removesuffix(".weight") for name in names}

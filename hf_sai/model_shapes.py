@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,13 @@ LORA_ROUTES = ("adam", "matrix, transposed")
 
 @dataclass(frozen=True)
 class Tensors:
-    """
-    Trained tensors that are alike.
+    """Trained tensors that are alike."""
 
-    Args:
-        shape (`tuple[int, ...]`): Of each.
-        dtype (`str`): Such as `"float32"`.
-        count (`int`): How many there are.
-        route (`str`): Where SWAN takes them, as in [`hf_sai.optim.Route`].
-        embedding (`bool`, *optional*, defaults to `False`): Whether they are tables of `nn.Embedding`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
+    shape: tuple[int, ...]  # of each
+    dtype: str  # such as "float32"
     count: int
-    route: str
-    embedding: bool = False
+    route: str  # where SWAN takes them, as in hf_sai.optim.Route
+    embedding: bool = False  # whether they are tables of nn.Embedding
 
     @property
     def numel(self) -> int:
@@ -55,27 +47,15 @@ class Tensors:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """
-    What a training's memory depends on.
-
-    Args:
-        trained (`tuple[Tensors, ...]`): What trains.
-        parameters (`int`): Elements of all parameters, tied ones once, adapters included.
-        weights (`int`): Bytes of all parameters and buffers.
-        dtype (`str`): Of the weights, as they are loaded.
-        activations (`int` or `None`): Bytes that a forward pass leaves for the backward pass; `None` where it could
-            not be counted.
-        sequence (`int` or `None`, *optional*): Tokens of an example in that pass; `None` of pictures.
-        note (`str`, *optional*): What a reader has to know, in sentences, such as why activations are not counted.
-    """
+    """What a training's memory depends on."""
 
     trained: tuple[Tensors, ...]
-    parameters: int
-    weights: int
-    dtype: str
-    activations: int | None
-    sequence: int | None = None
-    note: str = ""
+    parameters: int  # elements of all parameters, tied ones once, adapters included
+    weights: int  # bytes of all parameters and buffers
+    dtype: str  # of the weights, as they are loaded
+    activations: int | None  # bytes that a forward pass leaves for the backward pass; None: they can't be counted
+    sequence: int | None = None  # tokens of an example in that pass; None of pictures
+    note: str = ""  # what a reader has to know, in sentences, such as why activations are not counted
 
     @property
     def trained_parameters(self) -> int:
@@ -90,29 +70,15 @@ class ModelShapes:
 
 @dataclass(frozen=True)
 class Training:
-    """
-    How a model is to be trained.
+    """How a model is to be trained."""
 
-    Args:
-        dtype (`str`, *optional*): Of the weights. `None` is what `from_pretrained` takes: the configuration's, and
-            float32 where it names none.
-        lora_rank (`int`, *optional*): Of adapters; all else is frozen. `None` trains every tensor.
-        lora_targets (`str`, *optional*, defaults to `"all-linear"`): As PEFT's `target_modules` takes them; names with
-            commas between.
-        quantization (`str`, *optional*): Of the frozen weights; see [`hf_sai.quantization.QUANTIZATIONS`]. `None` is
-            what the configuration says.
-        batch (`int`, *optional*, defaults to 1): Examples in one forward pass.
-        sequence (`int`, *optional*): Tokens of each; `None` is 1024, or as many as the model takes.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether layers are computed again backwards.
-    """
-
-    dtype: str | None = None
-    lora_rank: int | None = None
-    lora_targets: str = "all-linear"
-    quantization: str | None = None
-    batch: int = 1
-    sequence: int | None = None
-    gradient_checkpointing: bool = False
+    dtype: str | None = None  # of the weights; None: as from_pretrained takes it, the configuration's or float32
+    lora_rank: int | None = None  # of adapters, all else is frozen; None trains every tensor
+    lora_targets: str = "all-linear"  # as PEFT's target_modules takes them; names with commas between
+    quantization: str | None = None  # of the frozen weights, of QUANTIZATIONS; None: what the configuration says
+    batch: int = 1  # examples in one forward pass
+    sequence: int | None = None  # tokens of each; None: 1024, or as many as the model takes
+    gradient_checkpointing: bool = False  # layers are computed again in the backward pass
 
 
 DEFAULT_SEQUENCE = 1024
@@ -134,24 +100,8 @@ def named_models() -> list[str]:
 
 def named_shapes(name: str, training: Training | None = None) -> ModelShapes:
     """
-    A named model, from the table that `tools/write_tables.py` writes.
-
-    Args:
-        name (`str`): One of [`named_models`].
-        training (`Training`, *optional*): How it is trained; adapters go to all linear layers.
-
-    Raises:
-        `ValueError`: An option can't be used with a named model.
-
-    Example:
-
-    ```python
-    from hf_sai.memory import memory_rows
-    from hf_sai.model_shapes import named_shapes
-
-    for row in memory_rows(named_shapes("llama-2-7b")):
-        print(row.optimizer, row.state)
-    ```
+    One of [`named_models`], from the table that `tools/write_tables.py` writes; adapters go to all linear layers. An
+    option that the table does not answer is a `ValueError`.
     """
     return _shapes(_tables()["models"][name], training or Training())
 
@@ -240,8 +190,7 @@ def _activations(model: dict[str, Any], training: Training, dtype: str, tokens: 
 
 def merged(rows: list[Tensors]) -> tuple[Tensors, ...]:
     """Rows that are alike put together."""
-    counts: dict[Tensors, int] = {}
+    counts: Counter[Tensors] = Counter()
     for row in rows:
-        key = dataclasses.replace(row, count=0)
-        counts[key] = counts.get(key, 0) + row.count
+        counts[dataclasses.replace(row, count=0)] += row.count
     return tuple(dataclasses.replace(key, count=count) for key, count in counts.items())

@@ -56,18 +56,9 @@ QUANTIZATIONS: dict[str, Packing | None] = {
 
 def quantization_of(config: dict[str, Any] | None, asked: str | None) -> tuple[Packing | None, set[str] | None]:
     """
-    Bytes of a linear weight of so many rows (outputs) and columns (inputs), and the modules that stay whole.
-
-    Args:
-        config (`dict`, *optional*): `quantization_config` of a `config.json`.
-        asked (`str`, *optional*): One of [`QUANTIZATIONS`], in its place.
-
-    Returns:
-        `tuple`: `None` in the first place where nothing is quantised; `None` in the second where the method's usual
-            modules stay whole.
-
-    Raises:
-        `ValueError`: The method is not one that is counted here.
+    Bytes of a linear weight of so many rows (outputs) and columns (inputs), `None` where nothing is quantised; and the
+    modules that stay whole, `None` for the method's usual ones. From `quantization_config` of a `config.json`, or in
+    its place from the one of [`QUANTIZATIONS`] that is asked for. A method that is not counted here is a `ValueError`.
     """
     if asked is not None:
         return QUANTIZATIONS[asked], None

@@ -1,7 +1,7 @@
 """
 Our names among the host's choices, without importing what they stand for: an `import hf_sai` costs no torch.
 
-Names come from [`hf_sai.optim.facts`], so that our own are there at once; one that a program adds by
+Names come from [`hf_sai.optimizer_facts`], so that our own are there at once; one that a program adds by
 [`hf_sai.optim.register_record`] is heard of through the registry, from when it is imported.
 """
 
@@ -15,7 +15,7 @@ import wrapt
 
 import trainer_patches
 
-from .optim.facts import optimizer_table
+from .optimizer_facts import optimizer_table
 
 
 if TYPE_CHECKING:

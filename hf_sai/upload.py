@@ -9,18 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from trainer_patches.tokens import MASK, TOKEN_BYTES
@@ -60,22 +55,13 @@ class RequestError(UploadError):
 
 @dataclass(frozen=True)
 class Destination:
-    """
-    Where files go.
+    """Where files go."""
 
-    Args:
-        repo_id (`str`): Such as `"user/repo"`; without a user it is the token's.
-        private (`bool`, *optional*): Visibility where the repository has to be made; one that is there keeps its own.
-        revision (`str`, *optional*): Branch, made where it is missing; defaults to `main`.
-        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
-        token (`str` or `bool`, *optional*): As in `huggingface_hub`; defaults to the one that is logged in.
-    """
-
-    repo_id: str
-    private: bool | None = None
-    revision: str | None = None
-    create_pr: bool = False
-    token: str | bool | None = None
+    repo_id: str  # user/repo; without a user it is the token's
+    private: bool | None = None  # visibility where the repository has to be made; one that is there keeps its own
+    revision: str | None = None  # a branch, made where it is missing; defaults to main
+    create_pr: bool = False  # whether to open a pull request instead
+    token: str | bool | None = None  # as in huggingface_hub; defaults to the one that is logged in
 
 
 def upload(
@@ -110,8 +96,7 @@ def upload(
     """
     destination = checked(destination)
     refuse_tokens(files, known_tokens(destination.token))
-    given_up = threading.Event()
-    job = _Upload(files, destination, message, revise, time.monotonic() + timeout, given_up)
+    job = _Upload(files, destination, message, revise, time.monotonic() + timeout)
     try:
         return within(timeout, job.run)
     except UploadError:
@@ -119,15 +104,13 @@ def upload(
     except Exception as error:
         raise UploadError(reason(error, destination.token) + _remedy(error)) from None
     finally:
-        given_up.set()
+        job.given_up.set()
 
 
 def checked(destination: Destination) -> Destination:
     """
-    The destination with its token stripped.
-
-    Raises:
-        `RequestError`: No push to it can work: of its name, its token, or a pull request against a branch.
+    The destination with its token stripped; a `RequestError` where no push to it can work: of its name, its token, or
+    a pull request against a branch.
     """
     to = destination
     if to.create_pr and to.revision not in (None, "main"):
@@ -144,12 +127,7 @@ def checked(destination: Destination) -> Destination:
 
 
 def checked_token(token: str | bool | None) -> str | bool | None:
-    """
-    The token without blanks around it, as files and environment variables have them.
-
-    Raises:
-        `RequestError`: It can be none. The message does not show it.
-    """
+    """The token without blanks around it; a `RequestError`, which does not show it, where it can be none."""
     if token is None or isinstance(token, bool):
         return token
     where = "make one at https://huggingface.co/settings/tokens, or leave it out to use the one of hf auth login"
@@ -173,10 +151,10 @@ class _Upload:
     message: str
     revise: Callable[[HfApi, ModelInfo, Files], Files] | None
     end: float
-    given_up: threading.Event
-    _said: str = ""
-    _sent: bool = False
-    _refused: bool = False
+    given_up: threading.Event = field(default_factory=threading.Event)
+    said: str = ""
+    sent: bool = False
+    refused: bool = False
 
     def run(self) -> CommitInfo:
         waits = iter(WAITS)
@@ -187,8 +165,7 @@ class _Upload:
                 if self._leaves_card_out(error):
                     continue
                 wait = next(waits, None)
-                answered = any(isinstance(each, HfHubHTTPError) for each in _chain(error))
-                if self._sent and self.destination.create_pr and not answered:
+                if self.sent and self.destination.create_pr and _answer(error) is None:
                     raise  # a second pull request might be the result
                 if wait is None or not is_transient(error):
                     raise
@@ -204,16 +181,11 @@ class _Upload:
         info = self._repository(api)
         self._check_time()
         files = dict(self.files if self.revise is None else self.revise(api, info, self.files))
-        if self._refused:
+        if self.refused:
             files.pop(CARD, None)
         if not files:
             raise RequestError(f"a push needs files, but {CARD}, which can't be pushed, is all that there is")
-        operations = [
-            CommitOperationAdd(
-                path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
-            )
-            for name, content in sorted(files.items())
-        ]
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         # One by one: for several the client starts threads that Python waits for at its end, however long they take.
         for operation in operations:
             self._check_time()
@@ -221,7 +193,7 @@ class _Upload:
                 info.id, [operation], revision=to.revision, create_pr=to.create_pr, free_memory=False
             )
         self._check_time()
-        self._sent = True
+        self.sent = True
         return api.create_commit(
             info.id,
             operations,
@@ -233,12 +205,12 @@ class _Upload:
 
     def _leaves_card_out(self, error: Exception) -> bool:
         """Whether the Hub refuses the header of the card, and only that: it does not keep the other files back."""
-        if self._refused or not isinstance(error, ValueError) or not str(error).startswith(_REFUSED_CARD):
+        if self.refused or not isinstance(error, ValueError) or not str(error).startswith(_REFUSED_CARD):
             return False
         told = without_tokens(" ".join(str(error).split()), known_tokens(self.destination.token))
         text = "%s is not pushed to %s, the other files are: the Hub refuses it (%s). Correct it and push again."
         logger.warning(text, CARD, self.destination.repo_id, told)
-        self._refused = True
+        self.refused = True
         return True
 
     def _repository(self, api: HfApi) -> ModelInfo:
@@ -251,7 +223,8 @@ class _Upload:
             if to.private and not info.private:
                 logger.warning("%s is public already and stays so: private=True is for a new one.", info.id)
         except RepositoryNotFoundError:
-            self._say(name, f"new, {_visibility(to.private)}")
+            kinds = {None: "visibility as the account's default", True: "private", False: "public"}
+            self._say(name, f"new, {kinds[to.private]}")
             name = api.create_repo(name, private=to.private, exist_ok=True).repo_id
             info = api.model_info(name)
         if to.revision is None or to.create_pr:
@@ -267,9 +240,9 @@ class _Upload:
         goal = "as a pull request" if to.create_pr else f"revision {to.revision or 'main'}"
         size = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in self.files.values())
         text = f"Uploading {len(self.files)} files ({size:,} bytes) to {repo_id} ({visibility}), {goal}."
-        if text != self._said:
+        if text != self.said:
             logger.info(text)
-            self._said = text
+            self.said = text
 
     def _check_time(self) -> None:
         """So that an upload that was given up does not commit later, over what came after it."""
@@ -277,19 +250,10 @@ class _Upload:
             raise UploadError(f"the upload to {self.destination.repo_id} was given up")
 
 
-def _visibility(private: bool | None) -> str:
-    if private is None:
-        return "visibility as the account's default"
-    return "private" if private else "public"
-
-
 def within(seconds: float, function: Callable[[], _Result]) -> _Result:
     """
-    What a function returns or raises, if it does so in time; if not, it is left behind in a thread that does not
-    keep the process from ending.
-
-    Raises:
-        `UploadError`: It took longer.
+    What a function returns or raises. One that takes longer is an `UploadError`, and is left behind in a thread that
+    does not keep the process from ending.
     """
     outcome: Future[_Result] = Future()
 
@@ -312,12 +276,11 @@ def is_transient(error: BaseException) -> bool:
     types = {cls.__name__ for each in _chain(error) for cls in (type(each), type(each.__context__))}
     if types & _FINAL:
         return False
-    for each in _chain(error):
-        if isinstance(each, HfHubHTTPError):
-            return each.response.status_code in _TRANSIENT
-        if isinstance(each, (_HTTP_ERROR, json.JSONDecodeError, ConnectionResetError)):
-            return True
-    return False
+    answer = _answer(error)
+    if answer is not None:
+        return answer.status_code in _TRANSIENT
+    lost = (_HTTP_ERROR, json.JSONDecodeError, ConnectionResetError)
+    return any(isinstance(each, lost) for each in _chain(error))
 
 
 def _chain(error: BaseException | None) -> Iterable[BaseException]:
@@ -327,13 +290,16 @@ def _chain(error: BaseException | None) -> Iterable[BaseException]:
         error = error.__cause__
 
 
+def _answer(error: BaseException) -> Any:
+    """The Hub's response; `None` where there was none."""
+    return next((each.response for each in _chain(error) if isinstance(each, HfHubHTTPError)), None)
+
+
 def _retry_after(error: BaseException) -> float:
     """Seconds that the Hub asks for; 0.0 where it asks for none."""
-    for each in _chain(error):
-        if isinstance(each, HfHubHTTPError):
-            value = each.response.headers.get("Retry-After", "")
-            return float(value) if value.strip().isdigit() else 0.0
-    return 0.0
+    answer = _answer(error)
+    value = "" if answer is None else answer.headers.get("Retry-After", "")
+    return float(value) if value.strip().isdigit() else 0.0
 
 
 def reason(error: BaseException, token: str | bool | None = None) -> str:
@@ -349,9 +315,9 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
 
 def _remedy(error: BaseException) -> str:
     """What helps where the same request would be answered the same."""
-    status = next((each.response.status_code for each in _chain(error) if isinstance(each, HfHubHTTPError)), None)
     remedies = {401: "log in (hf auth login)", 403: "take a token that may write there", 404: "check the name"}
-    return f"; {remedies[status]}" if status in remedies else ""
+    remedy = remedies.get(getattr(_answer(error), "status_code", 0))
+    return f"; {remedy}" if remedy else ""
 
 
 def known_tokens(token: str | bool | None = None) -> set[str]:

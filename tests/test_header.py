@@ -8,9 +8,10 @@ from hub_server import connected, loopback_hub
 from huggingface_hub import EvalResult, ModelCard
 
 from hf_sai import GSNRReport, SGDSaI
-from hf_sai.hub.card import BEGIN, END, update_card
+from hf_sai.hub.card import update_card
 from hf_sai.hub.header import LARGEST, Header, HeaderError, newline_of
 from hf_sai.hub.push import push_folder
+from hf_sai.hub.section import BEGIN, END
 
 
 TOKEN = "hf_" + "Cards" * 7
@@ -238,6 +239,13 @@ def test_a_result_goes_into_the_value_or_behind_the_last():
     ]
 
 
+def test_a_result_that_is_there_already_keeps_its_spelling():
+    for value, same in (("0.90", 0.9), ("1", 1.0)):
+        header = Header(before := MODEL_INDEX.replace("0.90", value), "\n")
+        header.add_results([result(same)], "unused")
+        assert header.source == before
+
+
 @pytest.mark.parametrize("before", ["results: []", "results: [] # none", "results:   []"])
 def test_a_host_that_measured_nothing_leaves_a_place(before):
     header = Header(f"model-index:\n- name: run\n  {before}\nz: 1", "\n")
@@ -253,7 +261,8 @@ def test_a_host_that_measured_nothing_leaves_a_place(before):
         ("tags: &t\n- a\nb: *t", lambda header: header.extend("tags", ["x"]), "would change b"),
         ("tags: |\n  a", lambda header: header.extend("tags", ["x"]), "tags must be a list or a word, but is a block"),
         ("tags: {a: 1}", lambda header: header.extend("tags", ["x"]), "or is a mapping"),
-        ("a: !!set {x, y}", lambda header: header.rewrite(lambda place, value: value), "stand where it"),
+        ("a: !!omap [x: y]", lambda header: header.rewrite(lambda place, value: "z" if value == "y" else value),
+         "would change a"),
         ("a: 1\n...", lambda header: header.append("b", 1), "one name only"),
         ("base_model: [/a/b, {c: 1}]", lambda header: header.drop("base_model", lambda each: True), "a list of words"),
         ("model-index: [{name: a, results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: []}]}]",

@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 
 from hf_sai import GSNRReport, SaIConfig, SaITrainer, make_trainer
 from hf_sai.cli import app
-from hf_sai.hub.card import BEGIN, END, is_generated, update_card
+from hf_sai.hub.card import is_generated, update_card
 from hf_sai.hub.push import PushError
+from hf_sai.hub.section import BEGIN, END
 from hf_sai.upload import UploadError
 
 

@@ -78,11 +78,7 @@ def test_never_more_than_one_gradient_at_a_time():
 
 def peak_bytes(make_optimizer):
     """The most that a 12-layer model's training needed at a time beyond its parameters, by torch's own record."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 12, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    model = tiny_llama(vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=12)
     optimizer = make_optimizer(model.parameters())
     tokens = torch.randint(0, 64, (1, 4))  # few activations: the rest shows
     train(model, optimizer, [tokens])

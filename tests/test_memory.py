@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.models import VOCABULARY
+from support.models import VOCABULARY, tiny_llama
 from support.processes import peak_allocated
 from torch import nn
 from transformers import (
@@ -43,9 +43,9 @@ import write_tables
 
 
 def llama(device="cpu", **sizes):
-    defaults = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
+    wide = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "max_position_embeddings": 2048}
     with torch.device(device):
-        return LlamaForCausalLM(LlamaConfig(**{"vocab_size": VOCABULARY, **defaults, **sizes}))
+        return tiny_llama(**{**wide, **sizes})
 
 
 def gpt2(device="cpu"):

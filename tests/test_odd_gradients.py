@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.gradients import Given
 from torch import nn
 
 import hf_sai
@@ -50,24 +51,9 @@ def same(one, other):
 def step(optimizer, params, gradients):
     """Through backward, so that layer-wise updates get them too."""
     optimizer.zero_grad()
-    loss = sum(_given(param, gradient) for param, gradient in zip(params, gradients, strict=True))
+    loss = sum(Given.apply(param, gradient) for param, gradient in zip(params, gradients, strict=True))
     loss.backward()
     optimizer.step()
-
-
-class _Given(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, param, gradient):
-        ctx.save_for_backward(gradient)
-        return param.detach().sum() * 0
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.saved_tensors[0], None
-
-
-def _given(param, gradient):
-    return _Given.apply(param, gradient)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -95,7 +81,7 @@ def test_a_tensor_stays_as_if_the_step_had_not_been_and_the_others_go_on(path, d
                 assert torch.equal(params[i], value)
                 assert same(state_of(optimizer, params[i]), state)
             reference.zero_grad()
-            sum(_given(alone[i], now[i]) for i in (0, 3)).backward()
+            sum(Given.apply(alone[i], now[i]) for i in (0, 3)).backward()
             reference.step()
         else:
             step(reference, alone, now)

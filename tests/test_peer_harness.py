@@ -23,6 +23,7 @@ import functools
 
 import pytest
 import torch
+from support.gradients import closure_of
 from torch import nn
 
 import hf_sai
@@ -49,16 +50,6 @@ LAYERWISE = (SGDSaILayerwise, SWANLayerwise)
 
 
 # ---- timm ----
-
-
-def closure_of(optimizer, weight, bias, given):
-    def closure():
-        optimizer.zero_grad()
-        loss = (weight.mv(given) + bias).pow(2).sum()
-        loss.backward()
-        return loss
-
-    return closure
 
 
 def constructors(cls, options):

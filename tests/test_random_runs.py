@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from reference import grad_norm, whitened
-from safetensors.torch import load_file, save_file
+from support.gradients import Given, through_safetensors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -196,16 +196,7 @@ def through(door, make, optimizer, params, folder):
         buffer.seek(0)
         state = torch.load(buffer, weights_only=True)
     if door == "safetensors":
-        tensors = {
-            f"{index}.{key}": value.contiguous()
-            for index, each in state["state"].items()
-            for key, value in each.items()
-            if isinstance(value, torch.Tensor)
-        }
-        save_file(tensors, folder / "state.safetensors")
-        for name, value in load_file(folder / "state.safetensors").items():
-            index, key = name.split(".", 1)
-            state["state"][int(index)][key] = value
+        state = through_safetensors(state, folder / "state.safetensors")
     resumed.load_state_dict(state)
     return resumed
 
@@ -217,21 +208,10 @@ def give(optimizer, params, gradients):
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = None if gradient is None else gradient.clone()
     else:
-        there = [_Given.apply(param, g) for param, g in zip(params, gradients, strict=True) if g is not None]
+        there = [Given.apply(param, g) for param, g in zip(params, gradients, strict=True) if g is not None]
         if there:
             sum(there).backward()
     optimizer.step()
-
-
-class _Given(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, param, gradient):
-        ctx.save_for_backward(gradient)
-        return param.detach().sum() * 0
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.saved_tensors[0].clone(), None
 
 
 KINDS = {

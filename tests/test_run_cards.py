@@ -18,7 +18,8 @@ from support.models import tiny_llama, tiny_lora, token_blocks
 from support.trainers import arguments
 
 from hf_sai import SaITrainer, create_optimizer
-from hf_sai.hub.card import SECTION, is_generated
+from hf_sai.hub.card import is_generated
+from hf_sai.hub.section import SECTION
 from hf_sai.script_report import ScriptReport
 
 

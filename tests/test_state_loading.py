@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from support.gradients import through_safetensors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -288,16 +288,7 @@ def test_torch_save_and_safetensors_and_a_plain_load_are_exact(tmp_path, cls):
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
-    tensors = {
-        f"{index}.{key}": value
-        for index, each in state["state"].items()
-        for key, value in each.items()
-        if isinstance(value, torch.Tensor)
-    }
-    save_file(tensors, tmp_path / "state.safetensors")
-    for name, value in load_file(tmp_path / "state.safetensors").items():
-        index, key = name.split(".", 1)
-        state["state"][int(index)][key] = value
+    state = through_safetensors(state, tmp_path / "state.safetensors")
     mine, resumed = stepped(cls, dtype=torch.bfloat16, steps=0)
     resumed.load_state_dict(state)
     for name, param in mine.items():

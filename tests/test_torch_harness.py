@@ -19,6 +19,7 @@ import pickle
 
 import pytest
 import torch
+from support.gradients import closure_of
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import (
@@ -74,16 +75,6 @@ def problem(dtype=torch.float64):
     torch.manual_seed(3)
     weight, bias = nn.Parameter(torch.randn(10, 5, dtype=dtype)), nn.Parameter(torch.randn(10, dtype=dtype))
     return weight, bias, torch.randn(5, dtype=dtype)
-
-
-def closure_of(optimizer, weight, bias, given):
-    def closure():
-        optimizer.zero_grad()
-        loss = (weight.mv(given) + bias).pow(2).sum()
-        loss.backward()
-        return loss
-
-    return closure
 
 
 def state_tensors(optimizer):

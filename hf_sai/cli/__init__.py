@@ -46,12 +46,7 @@ class _App(typer.Typer):
 
 
 def _end_without_output(error: OSError) -> NoReturn:
-    """
-    Ends the process: with 2 where it compares, whose 1 means that the runs are apart, and with 1 otherwise.
-
-    Raises:
-        `SystemExit`: Always.
-    """
+    """Ends the process: with 2 where it compares, whose 1 means that the runs are apart, and with 1 otherwise."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere, without a traceback
     remedy = "read all of it" if error.errno == errno.EPIPE else "free space, or send it elsewhere"
     os.write(2, f"hf-sai: the output must be written whole but: {error.strerror or error}; {remedy}\n".encode())
@@ -92,7 +87,7 @@ def _with_version(command: Callable[..., None]) -> Callable[..., None]:
 
 def list_optimizers() -> None:
     """Names of the optimizers, with their options and defaults."""
-    from ..optim.facts import optimizer_table
+    from ..optimizer_facts import optimizer_table
 
     for row in optimizer_table():
         typer.echo(_wrapped(f"{row['name']}: {row['description']}", "  "))

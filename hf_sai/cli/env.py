@@ -21,11 +21,8 @@ def env() -> None:
 
 def environment() -> dict[str, str]:
     """
-    What a bug report says of a machine: versions and the number of NVIDIA's GPUs. It names neither the machine nor its
-    user: no path, no environment variable, no token.
-
-    Returns:
-        `dict[str, str]`: Value by name, in the order of a report.
+    What a bug report says of a machine, in its order: versions and the number of NVIDIA's GPUs. It names neither the
+    machine nor its user: no path, no environment variable, no token.
     """
     return {
         "hf_sai": version_of("hf_sai"),

@@ -52,7 +52,7 @@ def memory(
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, for other programs")] = False,
 ) -> None:
     """Whether a training fits: weights, gradients, optimizer state, what an update needs, and activations."""
-    from ..memory import memory_rows
+    from ..memory import largest_llamas, memory_rows
     from ..model_shapes import Training
 
     training = Training(
@@ -69,48 +69,21 @@ def memory(
     except (ValueError, OSError) as error:
         typer.echo(f"hf-sai: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
-    largest = {} if card is None else _largest(card, rows, shapes, training, zero, gpus)
-    facts = {**_facts(model, shapes, training), "zero": zero, "gpus": gpus, "gpu": gpu, "card_bytes": card}
-    facts["note"] = shapes.note
+    largest: dict[str, tuple[int, int]] = {}
+    if card is not None:
+        alike = dataclasses.replace(training, dtype=shapes.dtype, lora_targets="all-linear")
+        largest = largest_llamas(card, [row.optimizer for row in rows], alike, zero or 0, gpus or 1)
+    facts = {"model": model, "parameters": shapes.parameters, "trained": shapes.trained_parameters}
+    facts |= {**dataclasses.asdict(training), "dtype": shapes.dtype, "sequence": shapes.sequence, "note": shapes.note}
+    facts |= {"zero": zero, "gpus": gpus, "gpu": gpu, "card_bytes": card}
     if as_json:
-        shown = [
-            {**dataclasses.asdict(row), "total": row.total, "peak": row.peak, **_fit(row, card, largest)}
-            for row in rows
-        ]
-        typer.echo(json.dumps({**facts, "optimizers": shown}, indent=1))
+        typer.echo(json.dumps({**facts, "optimizers": [_entry(row, card, largest) for row in rows]}, indent=1))
     else:
         typer.echo("\n".join(_lines(facts, rows, card, largest)))
 
 
-def _largest(
-    card: int, rows: list[MemoryRow], shapes: ModelShapes, training: Training, zero: int | None, gpus: int | None
-) -> dict[str, tuple[int, int]]:
-    """Of each row's optimizer, in the dtype of the model that was asked for."""
-    from ..memory import largest_llamas
-
-    alike = dataclasses.replace(training, dtype=shapes.dtype, lora_targets="all-linear")
-    return largest_llamas(card, [row.optimizer for row in rows], alike, zero or 0, gpus or 1)
-
-
-def _facts(model: str, shapes: ModelShapes, training: Training) -> dict[str, Any]:
-    """What is trained, and how."""
-    return {
-        "model": model,
-        "parameters": shapes.parameters,
-        "trained": shapes.trained_parameters,
-        **dataclasses.asdict(training),
-        "dtype": shapes.dtype,
-        "sequence": shapes.sequence,
-    }
-
-
 def _shapes(model: str, training: Training, revision: str | None, trust_remote_code: bool) -> ModelShapes:
-    """
-    Of a named model from the table, of another from its configuration.
-
-    Raises:
-        `ValueError`: The model can't be counted, or an option would not be used.
-    """
+    """Of a named model from the table, of another from its configuration; refuses an option that would do nothing."""
     from ..model_shapes import named_models, named_shapes
 
     named, here = model in named_models(), Path(model).exists()
@@ -127,24 +100,20 @@ def _shapes(model: str, training: Training, revision: str | None, trust_remote_c
 
 
 def _card_bytes(text: str) -> int:
-    """
-    Bytes of a card.
-
-    Raises:
-        `ValueError`: It can't be read.
-    """
+    """Bytes of a card."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"--gpu must be a size such as 24GB or 512MB but is {text!r}; write the card's memory")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _fit(row: MemoryRow, card: int | None, largest: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Whether a row fits the card, and the largest LLaMA that does; nothing without a card."""
-    if card is None:
-        return {}
-    layers, parameters = largest[row.optimizer]
-    return {"fits": row.peak <= card, "largest_llama": {"layers": layers, "parameters": parameters}}
+def _entry(row: MemoryRow, card: int | None, largest: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """A row for other programs; with a card, whether it fits, and the largest LLaMA that does."""
+    found = {**dataclasses.asdict(row), "total": row.total, "peak": row.peak}
+    if card is not None:
+        layers, parameters = largest[row.optimizer]
+        found |= {"fits": row.peak <= card, "largest_llama": {"layers": layers, "parameters": parameters}}
+    return found
 
 
 def _count(parameters: int) -> str:
@@ -167,23 +136,12 @@ def _lines(
         if card is not None:
             line += ["yes" if row.peak <= card else "no", _count(largest[row.optimizer][1])]
         cells.append(line)
-    widths = [max(len(line[column]) for line in [heads, *cells]) for column in range(len(heads))]
-    table = [_row(line, widths) for line in [heads, *cells]]
-    return [
-        *_about(facts, rows[0], unit, size),
-        "",
-        table[0],
-        "-" * len(table[0]),
-        *table[1:],
-        "",
-        *_notes(facts, rows, card),
-    ]
-
-
-def _row(line: list[str], widths: list[int]) -> str:
-    return " ".join(
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    head, *table = (
+        " ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in [heads, *cells]
     )
+    about, notes = _about(facts, rows[0], unit, size), _notes(facts, rows, card)
+    return [*about, "", head, "-" * len(head), *table, "", *notes]
 
 
 def _figure(value: float) -> str:

@@ -111,23 +111,13 @@ def compare(
 
 
 def refuse(message: str) -> NoReturn:
-    """
-    What the parser does with a wrong option, in one sentence.
-
-    Raises:
-        `typer.Exit`: With 2.
-    """
+    """What the parser does with a wrong option, in one sentence."""
     typer.echo(f"hf-sai: {message}", err=True)
     raise typer.Exit(2)
 
 
 def _loaded(source: str, revision: str | None, which: str = "") -> GSNRReport:
-    """
-    A run's report.
-
-    Raises:
-        `ValueError`: It can't be read; the message names the run and what was given for it.
-    """
+    """A run's report; an error names the run, and what was given for it."""
     from ..report import GSNRReport
 
     try:

@@ -18,47 +18,10 @@ from ..optim.registry import get_record
 from ..report import GSNRReport
 from ..report.facts import shown
 from .header import MODEL_INDEX, Header, HeaderError, header_of, join_card, newline_of, split_card
-from .host_lines import (
-    as_list,
-    correct_header,
-    corrected_text,
-    drop_local_models,
-    local_names,
-    without_local_links,
-)
+from .host_lines import as_list, correct_header, corrected_text, drop_local_models, local_names, without_local_links
 from .results import plain_results
-from .section import (
-    BEGIN,
-    END,
-    SECTION,
-    THIS_REPO,
-    card_facts,
-    insert_section,
-    read_artifact,
-    render_section,
-)
+from .section import BEGIN, SECTION, THIS_REPO, card_facts, insert_section, read_artifact, render_section
 
-
-__all__ = [  # of the section: what a caller needs besides
-    "BEGIN",
-    "END",
-    "CardError",
-    "add_results",
-    "back_on_error",
-    "card_aside",
-    "card_facts",
-    "decode_card",
-    "insert_section",
-    "is_generated",
-    "keep_card",
-    "mark_generated",
-    "merge_cards",
-    "name_repository",
-    "read_card",
-    "render_section",
-    "save_card",
-    "update_card",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +95,22 @@ def update_card(
     save_card(path, _stamped(content) if generated else content)
 
 
-def add_results(path: Path, results: Iterable[EvalResult], model_name: str) -> None:
+def write_results(card: str | os.PathLike[str], results: Iterable[EvalResult]) -> None:
     """
-    Puts results into the header of a card, where the Hub reads them (`model-index`); the same measurement is replaced.
+    Puts results into the header of a card that is there; those of the same measurement are replaced.
+
+    The card then counts as edited: a later training renews our section in it and no other text. A card that is to be
+    written anew takes its results from `trainer.push_to_hub(results=...)`. All else in the card stays, byte for byte;
+    a card that can't be read, or whose results can't be changed safely, is left as it is, with a warning.
 
     Args:
-        path (`pathlib.Path`): The README.md. One that can't be read is left as it is, with a warning.
-        results (iterable of `huggingface_hub.EvalResult`): Results.
-        model_name (`str`): For a card that has no results yet.
+        card (`str` or path): The README.md.
+        results (iterable of `huggingface_hub.EvalResult`): As from [`hf_sai.hub.metrics.card_results`].
     """
-    content, found = read_card(path), plain_results(results)
+    path, found = Path(card), plain_results(results)
+    content, name = read_card(path), path.absolute().parent.name
     if content is not None and found:
-        save_card(path, _edited(content, lambda header: header.add_results(found, model_name), str(path)))
+        save_card(path, _edited(content, lambda header: header.add_results(found, name), str(path)))
 
 
 def read_card(path: Path, what: str = "is left as it is") -> str | None:
@@ -156,12 +123,7 @@ def read_card(path: Path, what: str = "is left as it is") -> str | None:
 
 
 def decode_card(content: bytes) -> str:
-    """
-    A card's text, with line endings and byte order mark as they are.
-
-    Raises:
-        `CardError`: `huggingface_hub.ModelCard` can't read it, or it is too large to be looked through.
-    """
+    """A card's text, with line endings and byte order mark as they are; a `CardError` where the Hub can't read it."""
     if len(content) > LARGEST:
         raise CardError(f"a card may have {LARGEST:,} bytes, but it has {len(content):,}")
     try:
@@ -219,25 +181,21 @@ def card_aside(path: Path) -> Iterator[bytes | None]:
     before: bytes | None = None
     with contextlib.suppress(OSError):
         before = path.read_bytes()
-    aside = path.with_name(f"_{path.name}") if path.is_file() and read_card(path) is None else None
-    if aside is not None:
+    aside = path.with_name(f"_{path.name}")
+    unreadable = path.is_file() and read_card(path) is None
+    if unreadable:
         os.replace(path, aside)
     try:
         yield before
     finally:
-        if aside is not None:
+        if unreadable:
             os.replace(aside, path)
 
 
 def keep_card(path: Path, before: bytes | None, report: GSNRReport | None, repo_id: str | None) -> None:
     """
-    After a host's save: a card that it wrote anew gets our section, one that it changed is as it was.
-
-    Args:
-        path (`pathlib.Path`): The README.md; nothing is done where there is none.
-        before (`bytes`, *optional*): What stood there before the save.
-        report (`GSNRReport`, *optional*): What to show; without one a new card is marked as generated.
-        repo_id (`str`, *optional*): As in [`update_card`].
+    After a host's save, with what stood there before it: a card that it wrote anew gets our section, or without a
+    report the mark that it is generated; one that it changed is as it was.
     """
     after = path.read_bytes() if path.is_file() else before
     if after is None or after == before:
@@ -258,12 +216,7 @@ def merge_cards(ours: str, theirs: str, place: str = "The card on the Hub") -> s
     The card to push over one that is on the Hub.
 
     Where people have edited the one on the Hub and nobody has edited ours, it is theirs with our section and tags,
-    and with the fields that its header lacks; else it is ours.
-
-    Args:
-        ours (`str`): The card here.
-        theirs (`str`): The card on the Hub.
-        place (`str`, *optional*): What a warning calls theirs.
+    and with the fields that its header lacks; else it is ours. A warning calls theirs `place`.
     """
     if ours == theirs or is_generated(theirs):
         return ours
@@ -306,9 +259,10 @@ def _with_section(content: str, section: str) -> str:
 
 def _put_right(content: str, report: GSNRReport) -> str:
     """What a host generated, with the optimizer that ran and without paths; our own section is written anew anyway."""
-    chosen = {name: value for name, value in report.options.items() if value is not None}
     options = [
-        f"{name}=({shown(each)})" if isinstance(each, list) else f"{name}={each}" for name, each in chosen.items()
+        f"{name}=({shown(value)})" if isinstance(value, list) else f"{name}={value}"
+        for name, value in report.options.items()
+        if value is not None
     ]
     optimizer = f"{report.optimizer} of hf_sai with {', '.join(options)}; see the section Optimizer"
     local: dict[str, str] = {}

@@ -43,9 +43,7 @@ def newline_of(text: str) -> str:
 
 
 def split_card(content: str) -> Parts:
-    """
-    Marks, header and text of a card, as the Hub reads it; without a header, `source` and `after` are empty.
-    """
+    """Marks, header and text of a card, as the Hub reads it; without a header, `source` and `after` are empty."""
     mark = "\ufeff" if content.startswith("\ufeff") else ""
     content = content[len(mark) :]
     found = _EMPTY_BLOCK.search(content)  # first: the other one would look for an end further down
@@ -58,12 +56,7 @@ def split_card(content: str) -> Parts:
 
 
 def header_of(parts: Parts) -> Header:
-    """
-    The header of a card, for edits.
-
-    Raises:
-        `HeaderError`: It can't be read, or the card begins as a header does and the Hub sees none.
-    """
+    """The header of a card, for edits; an error too where the card begins as a header does and the Hub sees none."""
     if not parts.after and _LOOKS_LIKE_A_BLOCK.search(parts.text):
         raise HeaderError("it must end with a line --- as it begins with one, without blanks behind the first")
     return Header(parts.source, newline_of("".join(parts)))
@@ -82,14 +75,9 @@ def join_card(parts: Parts, source: str) -> str:
 
 class Header:
     """
-    The source of a header, and edits of it. Each edit is read back, and undone where anything else changed.
-
-    Args:
-        source (`str`): YAML, without the lines `---`.
-        newline (`str`): What ends a new line.
-
-    Raises:
-        `HeaderError`: It is no mapping of names in block style, or has a name twice.
+    The source of a header (YAML, without the lines `---`), and edits of it. Each edit is read back, and undone where
+    anything else changed. A source that is no mapping of names in block style, or has a name twice, is a
+    `HeaderError`.
     """
 
     def __init__(self, source: str, newline: str) -> None:
@@ -169,43 +157,39 @@ class Header:
             self.drop(MODEL_INDEX, lambda each: True)
             self.append(MODEL_INDEX, eval_results_to_model_index(model_name, new))
             return
-        wanted = copy.deepcopy(self.data[MODEL_INDEX])
-        old = model_index_to_eval_results(wanted)[1]
-        metrics = [each for model in wanted for result in model["results"] for each in result["metrics"]]
-        nodes = list(self._metric_nodes())
-        source, added = self.source, []
-        changes: dict[int, Any] = {}
+        models = self.data[MODEL_INDEX]
+        old = model_index_to_eval_results(copy.deepcopy(models))[1]
+        places = [
+            (MODEL_INDEX, number, "results", result, "metrics", metric, "value")
+            for number, model in enumerate(models)
+            for result, entry in enumerate(model["results"])
+            for metric in range(len(entry["metrics"]))
+        ]
+        changes, added = {}, []
         for each in new:
-            same = [place for place, found in enumerate(old) if found.is_equal_except_value(each)]
-            added += [] if same else [each]
+            same = [place for place, found in zip(places, old, strict=True) if found.is_equal_except_value(each)]
             changes.update(dict.fromkeys(same, each.metric_value))
-        for place in sorted(changes, reverse=True):
-            metrics[place]["value"] = changes[place]
-            source = self._with_scalar(nodes[place], changes[place], source)
-        self._commit(source, {**self.data, MODEL_INDEX: wanted})
+            added += [] if same else [each]
+        self.rewrite(lambda place, value: changes.get(place, value))
         if added:
             items = eval_results_to_model_index(model_name, added)[0]["results"]
-            longer = copy.deepcopy(wanted)
+            longer = copy.deepcopy(self.data[MODEL_INDEX])
             longer[0]["results"] += items
             self._commit(self._with_results(items), {**self.data, MODEL_INDEX: longer})
 
     def rewrite(self, change: Callable[[tuple[Any, ...], Any], Any]) -> None:
         """
-        Replaces values wherever they stand, but keys.
-
-        Args:
-            change (callable): From the place (`("model-index", 0, "name")`) and the value to the new value.
+        Replaces values wherever they stand, but keys: `change` gets the place, `("model-index", 0, "name")`, and the
+        value.
         """
-        source = self.source
-        found = list(_leaves(self._root(), ()))
-        for place, node in sorted(found, key=lambda each: each[1].start_mark.index, reverse=True):
-            try:
-                value = _at(self.data, place)
-            except (KeyError, IndexError, TypeError):  # of a set, or the like
-                raise HeaderError("a value that is looked at must stand where it belongs") from None
+        source, constructor = self.source, yaml.constructor.SafeConstructor()
+        for place, node in sorted(_leaves(self._root(), ()), key=lambda each: -each[1].start_mark.index):
+            value = constructor.construct_object(node)
             new = change(place, value)
-            if new != value:
-                source = self._with_scalar(node, new, source)
+            if new is not value and new != value:
+                if node.style in ("|", ">"):
+                    raise HeaderError("a value that is replaced must be a number or a word")
+                source = source[: node.start_mark.index] + _inline(new) + source[node.end_mark.index :]
         self._commit(source, _changed(self.data, (), change))
 
     def _root(self) -> Any:
@@ -273,22 +257,6 @@ class Header:
         if end < len(source) or not start:
             return source[:start] + source[end:]
         return re.sub(r"(?:\r\n|\r|\n)\Z", "", source[:start])
-
-    def _with_scalar(self, node: Any, value: Any, source: str) -> str:
-        if not isinstance(node, _SCALAR) or node.style in ("|", ">"):
-            raise HeaderError("a value that is replaced must be a number or a word")
-        return source[: node.start_mark.index] + _inline(value) + source[node.end_mark.index :]
-
-    def _metric_nodes(self) -> Iterator[Any]:
-        """The nodes of the metrics' values, in the order of `model_index_to_eval_results`."""
-        places = dict(_leaves(self._root(), ()))
-        for number, model in enumerate(self.data[MODEL_INDEX]):
-            for result, entry in enumerate(model["results"]):
-                for metric in range(len(entry["metrics"])):
-                    place = (MODEL_INDEX, number, "results", result, "metrics", metric, "value")
-                    if place not in places:
-                        raise HeaderError("a value of model-index that is replaced must be a number or a word")
-                    yield places[place]
 
     def _with_results(self, items: list[Any]) -> str:
         """The source with results after the last one of the first model."""
@@ -364,15 +332,12 @@ def _leaves(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
         yield place, node
 
 
-def _at(data: Any, place: tuple[Any, ...]) -> Any:
-    for each in place:
-        data = data[each]
-    return data
-
-
 def _changed(data: Any, place: tuple[Any, ...], change: Callable[[tuple[Any, ...], Any], Any]) -> Any:
+    new = change(place, data)
+    if new is not data and new != data:
+        return new
     if isinstance(data, dict):
         return {key: _changed(value, (*place, key), change) for key, value in data.items()}
     if isinstance(data, list):
         return [_changed(value, (*place, number), change) for number, value in enumerate(data)]
-    return change(place, data)
+    return data

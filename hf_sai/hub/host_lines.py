@@ -59,12 +59,8 @@ def without_local_links(text: str) -> str:
 
 def corrected_text(text: str, optimizer: str, local: Mapping[str, str]) -> str:
     """
-    The text that a host generated, put right.
-
-    Args:
-        text (`str`): Without our section.
-        optimizer (`str`): What ran, in one line; the host knows our optimizers by name only.
-        local (mapping): As from [`local_names`].
+    The text that a host generated, without our section, put right: `optimizer` says in one line what ran, for the host
+    knows our optimizers by name only; `local` is from [`local_names`].
     """
     text = _OPTIMIZER.sub(lambda _: f"- optimizer: {optimizer}", text)
     text = _NO_DATA.sub("on an unnamed dataset", text)

@@ -7,16 +7,17 @@ import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 from torch import Tensor
 
-from .card import add_results
+from .card import write_results as write_results
+from .host_lines import is_repo_id
 from .results import as_number, measures, plain
 
 
@@ -29,47 +30,36 @@ class MetricError(ValueError):
     """Metrics were asked for in a way that can't work."""
 
 
-class Perplexity:
-    """Perplexity over all labels that count, from logits; with the interface of an `evaluate` module."""
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(-1) == labels).sum()
+
+
+# What is summed over the labels that count, and what is made of the mean. (exp(710) is no float any more.)
+OWN: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[float], float]]] = {
+    "perplexity": (_losses, lambda mean: math.exp(mean) if mean < 700 else math.inf),
+    "token_accuracy": (_hits, float),
+}
+
+
+class _Own:
+    """One of [`OWN`], with the interface of an `evaluate` module; from logits `(labels, classes)`."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.sum, self.count = name, 0.0, 0
 
     def add_batch(self, predictions: Tensor, references: Tensor) -> None:
-        """
-        Args:
-            predictions (`torch.Tensor`): Logits, `(labels, classes)`.
-            references (`torch.Tensor`): Labels, `(labels,)`.
-        """
-        loss = torch.nn.functional.cross_entropy(predictions.float(), references, reduction="sum")
-        self._sum, self._count = self._sum + loss.item(), self._count + references.numel()
+        self.sum += OWN[self.name][0](predictions, references).item()
+        self.count += references.numel()
 
     def compute(self) -> dict[str, float]:
         """The result over all batches, and a new start."""
-        mean = self._sum / self._count if self._count else math.nan
-        self._sum, self._count = 0.0, 0
-        return {"perplexity": math.exp(mean) if mean < 700 else math.inf}  # exp(710) is no float any more
-
-
-class TokenAccuracy:
-    """Share of the labels that count which have the largest logit; with the interface of an `evaluate` module."""
-
-    def __init__(self) -> None:
-        self._right, self._count = 0, 0
-
-    def add_batch(self, predictions: Tensor, references: Tensor) -> None:
-        """As in [`Perplexity.add_batch`]."""
-        self._right += int((predictions.argmax(-1) == references).sum())
-        self._count += references.numel()
-
-    def compute(self) -> dict[str, float]:
-        """The result over all batches, and a new start."""
-        result = self._right / self._count if self._count else math.nan
-        self._right, self._count = 0, 0
-        return {"token_accuracy": result}
-
-
-OWN = {"perplexity": Perplexity, "token_accuracy": TokenAccuracy}
+        mean = self.sum / self.count if self.count else math.nan
+        self.sum, self.count = 0.0, 0
+        return {self.name: OWN[self.name][1](mean)}
 
 
 class ComputeMetrics:
@@ -120,18 +110,12 @@ class ComputeMetrics:
             raise MetricError(f"options are for names that are asked for, but {odd[0]!r} is not among them")
         self.task, self.tokenizer = task, tokenizer
         self.options = {name: dict((options or {}).get(name, {})) for name in names}
-        self._modules: dict[str, Any] = {name: OWN[name]() if name in OWN else _load(name) for name in names}
+        self._modules: dict[str, Any] = {name: _Own(name) if name in OWN else _load(name) for name in names}
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         """
-        Takes a batch, or all of an evaluation.
-
-        Args:
-            prediction (`transformers.EvalPrediction`): Predictions and labels.
-            compute_result (`bool`, *optional*, defaults to `True`): Whether it is the last batch.
-
-        Returns:
-            `dict[str, float]`: The numbers that the modules give; nothing before the last batch.
+        Takes a batch, or all of an evaluation; gives the numbers of the modules after the last batch, and nothing
+        before.
         """
         predictions, labels = prediction.predictions, prediction.label_ids
         predictions = predictions[0] if isinstance(predictions, (tuple, list)) else predictions
@@ -230,22 +214,6 @@ def card_results(
     ]
 
 
-def write_results(card: str | os.PathLike[str], results: Iterable[EvalResult]) -> None:
-    """
-    Puts results into the header of a card that is there; those of the same measurement are replaced.
-
-    The card then counts as edited: a later training renews our section in it and no other text. A card that is to be
-    written anew takes its results from `trainer.push_to_hub(results=...)`. All else in the card stays, byte for byte;
-    a card that can't be read, or whose results can't be changed safely, is left as it is, with a warning.
-
-    Args:
-        card (`str` or path): The README.md.
-        results (iterable of `huggingface_hub.EvalResult`): As from [`card_results`].
-    """
-    path = Path(card)
-    add_results(path, results, path.absolute().parent.name)
-
-
 def write_benchmark_results(folder: str | os.PathLike[str], entries: Sequence[EvalResultEntry]) -> list[Path]:
     """
     Writes results of benchmarks that are data sets of the Hub into `.eval_results/`, from where they appear on the
@@ -263,7 +231,11 @@ def write_benchmark_results(folder: str | os.PathLike[str], entries: Sequence[Ev
     """
     by_dataset: dict[str, list[EvalResultEntry]] = {}
     for entry in entries:
-        _check_dataset_id(entry.dataset_id)
+        if "/" not in entry.dataset_id or not is_repo_id(entry.dataset_id):
+            raise MetricError(
+                f"a benchmark must be a data set of the Hub, user/name, but is {entry.dataset_id!r}; results on other "
+                "data go into the card, by card_results"
+            )
         by_dataset.setdefault(entry.dataset_id, []).append(dataclasses.replace(entry, value=plain(entry.value)))
     target = Path(folder) / ".eval_results"
     target.mkdir(parents=True, exist_ok=True)
@@ -272,16 +244,3 @@ def write_benchmark_results(folder: str | os.PathLike[str], entries: Sequence[Ev
         paths.append(target / f"{dataset_id.replace('/', '__')}.yaml")
         paths[-1].write_text(yaml_dump(eval_result_entries_to_yaml(group), sort_keys=False), encoding="utf-8")
     return paths
-
-
-def _check_dataset_id(dataset_id: str) -> None:
-    try:
-        validate_repo_id(dataset_id)
-        valid = "/" in dataset_id
-    except ValueError:
-        valid = False
-    if not valid or Path(dataset_id).exists():
-        raise MetricError(
-            f"a benchmark must be a data set of the Hub, user/name, but is {dataset_id!r}; results on other data go "
-            "into the card, by card_results"
-        )

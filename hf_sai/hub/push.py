@@ -6,10 +6,9 @@ import contextlib
 import logging
 import os
 import shlex
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,25 +40,11 @@ logger = logging.getLogger(__name__)
 
 # Not part of a model: what a training needs to go on, checkpoints, and what is being written.
 IGNORED = (
-    "_*",
-    "*/_gsnr_*",
-    "checkpoint-*",
-    "global_step*",
-    "optimizer.*",
-    "optimizer_[0-9]*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    "random_states_*",
-    ".git/*",
-    ".cache/*",
-    "*/.git/*",
-    "*/.cache/*",
+    *("_*", "*/_gsnr_*", "checkpoint-*", "global_step*", "optimizer.*", "optimizer_[0-9]*", "scheduler.pt"),
+    *("scaler.pt", "rng_state*", "random_states_*", ".git/*", ".cache/*", "*/.git/*", "*/.cache/*"),
 )
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_WEIGHTS = ("model.safetensors*", "model-*.safetensors", "pytorch_model*")
-
-
 # One of these, or weights, makes a folder a run's.
 _OF_A_RUN = ("config.json", "adapter_config.json", "model_index.json", "modules.json", "gsnr_report.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -75,33 +60,19 @@ class NothingToPushError(PushError, RequestError):
 
 @dataclass(frozen=True)
 class Push:
-    """
-    What goes where, as a value that can be repeated.
-
-    Args:
-        folder (`pathlib.Path`): What to push.
-        destination (`Destination`): Where to.
-        path_in_repo (`str`, *optional*): A folder in the repository; the root where it is empty.
-        ignored (`tuple[str, ...]`, *optional*): Patterns of what stays here.
-        message (`str`, *optional*): Of the commit.
-        timeout (`float`, *optional*, defaults to 3600): Seconds, all in all.
-    """
+    """What goes where, as a value that can be repeated."""
 
     folder: Path
     destination: Destination
-    path_in_repo: str = ""
-    ignored: tuple[str, ...] = IGNORED
-    message: str = "Model, report and card"
-    timeout: float = TIMEOUT
+    path_in_repo: str = ""  # a folder in the repository; its root where it is empty
+    ignored: tuple[str, ...] = IGNORED  # patterns of what stays here
+    message: str = "Model, report and card"  # of the commit
+    timeout: float = TIMEOUT  # seconds, all in all
 
     def files(self) -> dict[str, Path]:
         """
-        What would be pushed, from the path in the repository to the path here.
-
-        An adapter goes without its base model's weights.
-
-        Raises:
-            `PushError`: There is no such folder, or nothing in it.
+        What would be pushed, from the path in the repository to the path here; an adapter goes without its base
+        model's weights. No folder, or nothing in it, is a `NothingToPushError`.
         """
         if not self.folder.is_dir():
             kind = "a file" if self.folder.exists() else "not there"
@@ -123,13 +94,8 @@ class Push:
 
     def check(self) -> list[str]:
         """
-        Does before a push all that can be done without sending anything.
-
-        Returns:
-            `list[str]`: What a push would do otherwise than a person may think, in sentences.
-
-        Raises:
-            `UploadError`: The push can't work: of its folder, its destination, its token, or a token in a file.
+        Does all of a push that can be done without sending anything: raises where it can't work, and says in
+        sentences what it would do otherwise than a person may think.
         """
         files, to = self.files(), checked(self.destination)
         refuse_tokens(files, known_tokens(to.token))
@@ -163,35 +129,25 @@ class Push:
 
     def run(self, strict: bool = False) -> CommitInfo | None:
         """
-        Pushes.
-
-        Args:
-            strict (`bool`, *optional*, defaults to `False`): Whether a failure is an error. Without it a failure is a
-                warning with the command to run later.
-
-        Returns:
-            `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed.
-
-        Raises:
-            `PushError`: It failed, and `strict` is set; `TokenInFileError` where a file holds a token.
+        Pushes, as [`push_folder`] says; without `strict` a failure is a warning with the command to run later, and
+        the result is `None`.
         """
+        failure: UploadError
         try:
             revise = None if self.path_in_repo else card_for
             return upload(self.files(), self.destination, self.message, timeout=self.timeout, revise=revise)
+        except NothingToPushError as error:
+            failure = error
         except RequestError as error:  # the same push again would end the same
-            text = f"The push to {self.destination.repo_id} can't work: {error}"
-            if strict:
-                raise (error if isinstance(error, PushError) else PushError(text)) from None
-            logger.warning(text)
-            return None
+            failure = PushError(f"The push to {self.destination.repo_id} can't work: {error}")
         except (UploadError, OSError) as error:
+            kind = TokenInFileError if isinstance(error, TokenInFileError) else PushError
             remedy = f"everything is in {self.folder}, and this pushes it: {self.command()}"
-            text = f"The push to {self.destination.repo_id} failed ({error}); {remedy}"
-            if strict:
-                kind = TokenInFileError if isinstance(error, TokenInFileError) else PushError
-                raise kind(text) from None
-            logger.warning(text)
-            return None
+            failure = kind(f"The push to {self.destination.repo_id} failed ({error}); {remedy}")
+        if strict:
+            raise failure
+        logger.warning(str(failure))
+        return None
 
 
 def push_folder(
@@ -245,20 +201,14 @@ class HostPushes:
     """
     The Hub as a Trainer sees it: `create_repo` and `upload_folder` of `huggingface_hub` by name, neither of which ends
     a training.
-
-    Args:
-        strict (`bool`): Whether a push that the trainer waits for raises when it fails.
-        timeout (`float`): Seconds that one push may take.
-        private (`bool`, *optional*): Goes before what the trainer asks for.
-        create_pr (`bool`, *optional*, defaults to `False`): Whether to open pull requests.
     """
 
-    strict: bool
-    timeout: float
-    private: bool | None = None
+    strict: bool  # whether a push that the trainer waits for raises when it fails
+    timeout: float  # seconds that one push may take
+    private: bool | None = None  # goes before what the trainer asks for
     create_pr: bool = False
     _pending: list[Future[CommitInfo | None]] = field(default_factory=list)
-    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _turns: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "hf_sai push"))
 
     @contextlib.contextmanager
     def asked(self, private: bool | None, create_pr: bool) -> Iterator[None]:
@@ -271,18 +221,14 @@ class HostPushes:
             self.private, self.create_pr = before
 
     def create_repo(self, repo_id: str, token: str | None = None, private: bool | None = None, **unused: Any) -> Any:
-        """
-        As `huggingface_hub.create_repo`; where that fails, the id as it was asked for: the push tries again.
-        """
+        """As `huggingface_hub.create_repo`; where that fails, the id as it was asked for: the push tries again."""
         self.private = private = private if self.private is None else self.private
         try:
             api = HfApi(token=checked_token(token), library_name="hf_sai")
             return within(self.timeout, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         except Exception as error:
-            text = reason(error, token)
-            logger.warning(
-                "The repository %s could not be made (%s); training goes on, a push tries again.", repo_id, text
-            )
+            text = "The repository %s could not be made (%s); training goes on, a push tries again."
+            logger.warning(text, repo_id, reason(error, token))
             return SimpleNamespace(repo_id=repo_id)
 
     def upload_folder(
@@ -303,68 +249,46 @@ class HostPushes:
         push = Push(Path(folder_path), destination, path_in_repo, ignored, commit_message, self.timeout)
         if not run_as_future:
             return push.run(self.strict)
-        future: Future[CommitInfo | None] = Future()
+        future = self._turns.submit(_run_until, push, time.monotonic() + self.timeout)
         self._pending = [each for each in self._pending if not each.done()] + [future]
-        end = time.monotonic() + self.timeout
-        threading.Thread(target=self._run_in_turn, args=(push, future, end), name="hf_sai push").start()
         return future
-
-    def _run_in_turn(self, push: Push, future: Future[CommitInfo | None], end: float) -> None:
-        """One push after the other. Ends in time, so that Python may wait for the thread."""
-        if self._turn.acquire(timeout=max(0.0, end - time.monotonic())):
-            try:
-                future.set_result(replace(push, timeout=max(0.0, end - time.monotonic())).run())
-            except BaseException as error:
-                future.set_exception(error)
-            finally:
-                self._turn.release()
-        else:
-            logger.warning("A push to %s was left out: the one before it took too long.", push.destination.repo_id)
-            future.set_result(None)
 
     def wait(self) -> None:
         """Waits for the pushes in the background; all of them end in time."""
         wait(self._pending)
 
 
+def _run_until(push: Push, end: float) -> CommitInfo | None:
+    """A push whose turn has come; it ends in time, so that Python may wait for its thread."""
+    left = end - time.monotonic()
+    if left > 0.0:
+        return replace(push, timeout=left).run()
+    logger.warning("A push to %s was left out: the one before it took too long.", push.destination.repo_id)
+    return None
+
+
 def card_for(api: HfApi, info: ModelInfo, files: Files) -> Files:
     """
-    The files with the card as it has to be there: it names the repository, and keeps what people wrote on the Hub.
-
-    A card that can't be read, here or there, is left out, with a warning: it does not keep the model back.
-
-    See [`hf_sai.hub.card.merge_cards`].
+    The files with the card as it has to be there: it names the repository, and keeps what people wrote on the Hub; see
+    [`hf_sai.hub.card.merge_cards`]. A card that can't be read, here or there, is left out, with a warning: it does not
+    keep the model back.
     """
     ours = files.get(CARD)
     if not isinstance(ours, Path):
         return files
     others = {name: content for name, content in files.items() if name != CARD}
-    content = read_card(ours, "is left as it is and not pushed")
-    if content is None:
+    card = read_card(ours, "is left as it is and not pushed")
+    if card is None:
         return others
-    theirs = None
-    if any(each.rfilename == CARD for each in info.siblings or []):
-        file = hf_hub_download(info.id, CARD, revision=info.sha, token=api.token, endpoint=api.endpoint)
-        theirs = Path(file).read_bytes()
-    card = _card_to_push(content, theirs, info.id)
-    return others if card is None else {**others, CARD: card}
-
-
-def _card_to_push(ours: str, theirs: bytes | None, repo_id: str) -> bytes | None:
-    """The card for a repository that may have one; `None`, with a warning, where the one there has to stay."""
-    place = f"{CARD} of {repo_id}"
+    place, remedy = f"{CARD} of {info.id}", "correct or delete it there, and push again"
     try:
-        content = ours if theirs is None else merge_cards(ours, decode_card(theirs), place)
-        card = name_repository(content, repo_id).encode("utf-8")
+        if any(each.rfilename == CARD for each in info.siblings or []):
+            file = hf_hub_download(info.id, CARD, revision=info.sha, token=api.token, endpoint=api.endpoint)
+            card = merge_cards(card, decode_card(Path(file).read_bytes()), place)
+        remedy = "the new one could not be read again"
+        content = name_repository(card, info.id).encode("utf-8")
+        decode_card(content)
     except CardError as error:
-        text = (
-            "%s on the Hub is left as it is, and the other files are pushed: %s; correct or delete it there, and push"
-        )
-        logger.warning(f"{text} again.", place, error)
-        return None
-    try:
-        decode_card(card)
-    except CardError as error:
-        logger.warning("%s on the Hub is left as it is: the new one could not be read again (%s).", place, error)
-        return None
-    return card
+        logger.warning("%s on the Hub is left as it is, and the other files are pushed: %s; %s.", place, error, remedy)
+        return others
+    return {**others, CARD: content}

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from ..optim.registry import OptimizerRecord, get_record
+from ..optim.registry import get_record
 from ..report import REPORT_PNG, GSNRReport, format_bytes
 from ..report.facts import batch, chosen, explained, rates, ratio_sentence, shown, status_sentence, words_of
 from ..report.markdown import escaped
@@ -37,73 +37,19 @@ _AUTO_CLASSES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CardFacts:
-    """
-    What the section says, as plain values.
-
-    Args:
-        record (`OptimizerRecord`): Of the optimizer that ran.
-        options (`list[tuple[str, str]]`): Every option that ran, with the learning rate and the batch.
-        kinds (`list[dict]`): [`GSNRReport.by_kind`].
-        routes (`list[dict]`): [`GSNRReport.by_route`].
-        explanations (`list[str]`): What the columns mean.
-        state_size (`str`): Of the optimizer's state, such as `"1.5 MB"`.
-        adamw_size (`str`): Of AdamW's for the same tensors.
-        saved (`str`): The difference, such as `"50%"`.
-        ratio_sentence (`str`): How g-SNR compares with the size of the tensors.
-        status_sentence (`str`): What is pending or a fallback; empty where nothing is.
-        repeated (`str`): A line of Python that makes the same optimizer again, with the scales of this run.
-        versions (`str`): Of the packages that ran.
-        artifact (`Artifact`): How it is loaded.
-    """
-
-    record: OptimizerRecord
-    options: list[tuple[str, str]]
-    kinds: list[dict[str, Any]]
-    routes: list[dict[str, Any]]
-    explanations: list[str]
-    state_size: str
-    adamw_size: str
-    saved: str
-    ratio_sentence: str
-    status_sentence: str
-    repeated: str
-    versions: str
-    artifact: Artifact
-
-
-@dataclasses.dataclass(frozen=True)
 class Artifact:
-    """
-    What stands beside the card, as far as loading it needs.
+    """What stands beside the card, as far as loading it needs."""
 
-    Args:
-        kind (`str`): `"transformers"`, `"peft"`, `"diffusers"` (a pipeline) or `"diffusers_lora"`; `""` for another.
-        repo_id (`str`): Where it is, or will be.
-        model_class (`str`): Of transformers, that loads it or its base.
-        base_model (`str`): Repository of an adapter's base, or a placeholder.
-        tokenizer (`bool`): Whether there is one.
-        picture (`bool`): Whether there is one.
-    """
-
-    kind: str = ""
-    repo_id: str = THIS_REPO
-    model_class: str = "AutoModel"
-    base_model: str = BASE_MODEL
-    tokenizer: bool = False
-    picture: bool = True
+    kind: str = ""  # "transformers", "peft", "diffusers" (a pipeline), "diffusers_lora"; "" for another
+    repo_id: str = THIS_REPO  # where it is, or will be
+    model_class: str = "AutoModel"  # of transformers, that loads it or its base
+    base_model: str = BASE_MODEL  # repository of an adapter's base, or a placeholder
+    tokenizer: bool = False  # whether there is one
+    picture: bool = True  # whether there is one
 
 
 def read_artifact(folder: Path, library: str | None, base_models: Sequence[str], repo_id: str | None) -> Artifact:
-    """
-    Reads from a folder how its model is loaded.
-
-    Args:
-        folder (`pathlib.Path`): Where the card stands.
-        library (`str`, *optional*): The card's `library_name`.
-        base_models (`list[str]`): Repositories that the card names.
-        repo_id (`str`, *optional*): Where it will be pushed.
-    """
+    """How the model in a card's folder is loaded, from it, the card's `library_name` and the bases that it names."""
     config, adapter = (_read_json(folder / name) for name in ("config.json", "adapter_config.json"))
     kind = library if library in ("transformers", "peft", "diffusers") else ""
     kind = "transformers" if library is None and "architectures" in config else kind
@@ -132,26 +78,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def card_facts(report: GSNRReport, artifact: Artifact | None = None) -> CardFacts:
-    """The facts of a report, and of what stands beside it."""
+def card_facts(report: GSNRReport, artifact: Artifact | None = None) -> dict[str, Any]:
+    """What the templates say of a report, and of what stands beside it, by the names that they use."""
     artifact = artifact or Artifact()
-    words = words_of(report)
     kept = report.state_bytes / report.adamw_state_bytes if report.adamw_state_bytes else 1.0
-    return CardFacts(
-        record=get_record(report.optimizer),
-        options=[*rates(report), *((name, shown(value)) for name, value in report.options.items()), *batch(report)],
-        kinds=report.by_kind(),
-        routes=report.by_route(),
-        explanations=explained(words.explanations(report), ("learning rate", "update / weight", "route")),
-        state_size=format_bytes(report.state_bytes),
-        adamw_size=format_bytes(report.adamw_state_bytes),
-        saved=f"{1 - kept:.0%}",
-        ratio_sentence=ratio_sentence(report),
-        status_sentence=status_sentence(report),
-        repeated=_repeated(report, artifact),
-        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        artifact=artifact,
-    )
+    return {
+        "record": get_record(report.optimizer),
+        "options": [*rates(report), *((name, shown(value)) for name, value in report.options.items()), *batch(report)],
+        "kinds": report.by_kind(),
+        "routes": report.by_route(),
+        "explanations": explained(
+            words_of(report).explanations(report), ("learning rate", "update / weight", "route")
+        ),
+        "state_size": format_bytes(report.state_bytes),
+        "adamw_size": format_bytes(report.adamw_state_bytes),
+        "saved": f"{1 - kept:.0%}",
+        "ratio_sentence": ratio_sentence(report),
+        "status_sentence": status_sentence(report),
+        "repeated": _repeated(report, artifact),
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "artifact": artifact,
+    }
 
 
 def _repeated(report: GSNRReport, artifact: Artifact) -> str:
@@ -201,22 +148,14 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def render_section(facts: CardFacts) -> str:
-    """The section as Markdown, markers included."""
-    values = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-    names = [f"{facts.record.ordinary}.md.jinja", "optimizer.md.jinja"]
-    return _environment().select_template(names).render(**values).rstrip("\n")
+def render_section(facts: dict[str, Any]) -> str:
+    """The section as Markdown, markers included, from [`card_facts`]."""
+    names = [f"{facts['record'].ordinary}.md.jinja", "optimizer.md.jinja"]
+    return _environment().select_template(names).render(**facts).rstrip("\n")
 
 
 def insert_section(text: str, section: str, line: str | None = None) -> str:
-    """
-    The card's text with the section once: where it stood, else at the end, after a blank line.
-
-    Args:
-        text (`str`): Markdown, without the YAML header.
-        section (`str`): With its markers.
-        line (`str`, *optional*): What ends its lines; defaults to what ends those of the text.
-    """
+    """The text of a card with the section once: where it stood, else at the end, after a blank line."""
     line = line or newline_of(text or section)
     section = re.sub(r"\r\n|\r|\n", lambda _: line, section)
     if SECTION.search(text):

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..optimizer_facts import A_RATE
 from .checks import check_choice
-from .facts import A_RATE
 from .tensors import fetch, upload
 
 

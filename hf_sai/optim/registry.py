@@ -110,7 +110,7 @@ class OptimizerRecord:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """What can be said of it without torch, as JSON holds it: a row of [`hf_sai.optim.facts.optimizer_table`]."""
+        """What can be said of it without torch: a row of [`hf_sai.optimizer_facts.optimizer_table`]."""
         options = []
         for option in self.options:
             try:

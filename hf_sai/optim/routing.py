@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..optimizer_facts import ADAM
 from .checks import check_choice
-from .facts import ADAM
 from .names import named_parameters, plain_name, unwrapped, without_adapter
 from .tensors import whole_shape
 

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, TypeVar
+from typing import Any, Self
 
-from ..optim.facts import defaults_of
+from ..optimizer_facts import defaults_of
 from .data import ReportData
 from .rows import TensorRow
 from .schema import ReportError
 
 
-_Comparison = TypeVar("_Comparison", bound="Comparison")
-
-
 @dataclasses.dataclass(frozen=True)
 class DiffRow:
-    """
-    One tensor in two runs.
+    """One tensor in two runs."""
 
-    Args:
-        name (`str`): The parameter's name, the same in both.
-        first (`TensorRow` or `None`): In the first run; `None` where it has no such tensor.
-        second (`TensorRow` or `None`): In the second run.
-        ratio (`float` or `None`): Second over first of what is compared; `None` where one of them has none.
-    """
-
-    name: str
-    first: TensorRow | None
+    name: str  # the parameter's, the same in both
+    first: TensorRow | None  # in the first run; None where it has no such tensor
     second: TensorRow | None
-    ratio: float | None
+    ratio: float | None  # second over first of what is compared; None where one of them has none
 
     @property
     def missing(self) -> str:
@@ -63,25 +52,16 @@ class DiffRow:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """
-    Two runs compared, as data.
+    """Two runs compared, as data."""
 
-    Args:
-        quantity (`str`): What is compared: `"scale"`, or `"g-SNR"` where the runs normalise differently.
-        rows (`list[DiffRow]`): One per tensor of either run, in the order of the first.
-        notes (`list[str]`): What else differs and matters, in sentences.
-    """
-
-    quantity: str
-    rows: list[DiffRow]
-    notes: list[str]
+    quantity: str  # what is compared: "scale", or "g-SNR" where the runs normalise differently
+    rows: list[DiffRow]  # one per tensor of either run, in the order of the first
+    notes: list[str]  # what else differs and matters, in sentences
 
     def apart(self, ratio: float) -> list[DiffRow]:
         """
-        The rows that fail; see [`DiffRow.is_apart`].
-
-        Raises:
-            `ValueError`: `ratio` is not a finite number from 1.
+        The rows that fail; see [`DiffRow.is_apart`]. A `ratio` that is not a finite number from 1 is a
+        `ValueError`.
         """
         if not (math.isfinite(ratio) and ratio >= 1.0):
             raise ValueError(f"the ratio of a comparison must be a finite number from 1 but is {ratio:g}; try 1.1")
@@ -104,15 +84,13 @@ class Comparison:
         return {"quantity": self.quantity, "notes": self.notes, "tensors": [_plain(row) for row in self.rows]}
 
     @classmethod
-    def of(cls: type[_Comparison], first: ReportData, second: ReportData) -> _Comparison:
+    def of(cls, first: ReportData, second: ReportData) -> Self:
         """
         Compares two runs. Tensors are the same where their names are.
 
         Scales are compared as they were used. Where one run divides them by the largest g-SNR and the other does not,
-        all would differ by that factor, and g-SNR is compared instead; a note says so.
-
-        Raises:
-            `ReportError`: One of them has no scales.
+        all would differ by that factor, and g-SNR is compared instead; a note says so. A run without scales is a
+        `ReportError`.
         """
         for which, report in (("first", first), ("second", second)):
             if report.kind != "scales":
@@ -132,10 +110,11 @@ class Comparison:
 
 
 def _row(name: str, first: TensorRow | None, second: TensorRow | None, quantity: str) -> DiffRow:
-    ratio = None
-    if first is not None and second is not None and first.settled and second.settled:
-        ratio = second.scale / first.scale if quantity == "scale" else second.gsnr / first.gsnr
-    return DiffRow(name, first, second, ratio)
+    row = DiffRow(name, first, second, None)
+    if first is None or second is None or not (first.settled and second.settled):
+        return row
+    old, new = row.values(quantity)
+    return dataclasses.replace(row, ratio=new / old)
 
 
 def _notes(first: ReportData, second: ReportData, normalizations: list[Any]) -> list[str]:
@@ -179,12 +158,8 @@ def _other_options(first: ReportData, second: ReportData) -> list[str]:
 
 
 def _option(report: ReportData, name: str) -> Any:
-    return report.options[name] if name in report.options else defaults_of(report.optimizer).get(name)
+    return {**defaults_of(report.optimizer), **report.options}.get(name)
 
 
 def _plain(row: DiffRow) -> dict[str, Any]:
-    sides = {
-        side: None if each is None else dataclasses.asdict(each)
-        for side, each in (("first", row.first), ("second", row.second))
-    }
-    return {"name": row.name, "ratio": row.ratio, "missing": row.missing, "reshaped": row.reshaped, **sides}
+    return {**dataclasses.asdict(row), "missing": row.missing, "reshaped": row.reshaped}

@@ -7,9 +7,9 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
-from ..optim.facts import ADAM, facts_of
+from ..optimizer_facts import ADAM, facts_of
 from . import schema
 from .rows import RouteRow, TensorRow, grouped, layers_of, lists_in, median, route_row, shape_of, tensor_row
 from .schema import SCHEMA, STATUSES
@@ -17,8 +17,6 @@ from .schema import SCHEMA, STATUSES
 
 if TYPE_CHECKING:  # a report is read and shown without torch
     from ..optim.registry import OptimizerRecord
-
-_Data = TypeVar("_Data", bound="ReportData")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +57,7 @@ class ReportData:
     schedule: list[float] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def from_optimizer(
-        cls: type[_Data], optimizer: Any, run: dict[str, Any] | None = None, schedule: Sequence[float] = ()
-    ) -> _Data:
+    def from_optimizer(cls, optimizer: Any, run: dict[str, Any] | None = None, schedule: Sequence[float] = ()) -> Self:
         """
         Reads a live optimizer; nothing is measured and no device memory is read.
 
@@ -222,7 +218,7 @@ class ReportData:
         return text + "\n"
 
     @classmethod
-    def from_json(cls: type[_Data], text: str) -> _Data:
+    def from_json(cls, text: str) -> Self:
         """
         The report that [`ReportData.to_json`] wrote.
 
@@ -234,7 +230,7 @@ class ReportData:
         for field, row_class in (("tensors", TensorRow), ("routes", RouteRow)):
             fields[field] = schema.rows(row_class, fields.get(field), field)
         schema.check_history(fields.get("history"))
-        report: _Data = schema.build(cls, fields)
+        report: Self = schema.build(cls, fields)
         return report
 
 
@@ -263,18 +259,11 @@ def _plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """
-    One kind of rows; a record names it by its key in [`KINDS`], and [`hf_sai.report.facts`] has its words.
+    """One kind of rows; a record names it by its key in [`KINDS`], and [`hf_sai.report.facts`] has its words."""
 
-    Args:
-        read (callable): From an optimizer and the peak learning rates of its groups to `tensors` or `routes`.
-        summary (callable): From a report to a few numbers for a log.
-        log_prefix (`str`): Before these numbers; empty for the optimizer's name.
-    """
-
-    read: Callable[[Any, list[float]], dict[str, list[Any]]]
-    summary: Callable[[ReportData], dict[str, float]]
-    log_prefix: str = ""
+    read: Callable[[Any, list[float]], dict[str, list[Any]]]  # of an optimizer with its groups' peak learning rates
+    summary: Callable[[ReportData], dict[str, float]]  # for a log
+    log_prefix: str = ""  # before these numbers; the optimizer's name where it is empty
 
 
 def _read_scales(optimizer: Any, peaks: list[float]) -> dict[str, list[Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..optim.facts import A_RATE, ADAM, defaults_of
+from ..optimizer_facts import A_RATE, ADAM, defaults_of
 from .data import ReportData
 from .quantities import FROM_ZERO, UPDATE, moved_text, quantity_of
 from .rows import RouteRow, TensorRow, format_shape

@@ -88,7 +88,6 @@ def _map(report: ReportData) -> dict[str, Any]:
     shown = {kind: index for index, kind in enumerate(kinds[:MAX_KINDS])}
     layers = _places(report.rows)
     width = max(12, min(44, (WIDTH - LABEL_WIDTH) // max(1, len(layers))))
-    every = max(1, math.ceil(24 / width))
     quantity = quantity_of(report)
     limits = limits_of(report, quantity)
     return {
@@ -102,11 +101,7 @@ def _map(report: ReportData) -> dict[str, Any]:
             if kind in shown
         ],
         "kinds": [(cut(kind, 30), kind) for kind in shown],
-        "layers": [
-            (LABEL_WIDTH + (index + 0.5) * width, "none" if layer is None else layer)
-            for layer, index in layers.items()
-            if index % every == 0
-        ],
+        "layers": _layer_labels(layers, LABEL_WIDTH, width, every=max(1, math.ceil(24 / width))),
         "cell": width,
         "width": LABEL_WIDTH + len(layers) * width,
         "height": len(shown) * ROW_HEIGHT,
@@ -154,14 +149,9 @@ def _depth(report: ReportData) -> dict[str, Any] | None:
         marks.append({"x": round(x, 1), "y": axis.place(ratio), "status": row.status, "tip": tip_of(row)})
         half = max(3.0, 0.4 * step / len(kinds))
         line[f"M{x - half:.1f} {axis.place(zero_mean)}h{2 * half:.1f}"] = None
-    every = max(1, math.ceil(30 / step))
     return {
         "marks": marks,
-        "layers": [
-            (round(MARGIN + (index + 0.5) * step, 1), "none" if layer is None else layer)
-            for layer, index in layers.items()
-            if index % every == 0
-        ],
+        "layers": _layer_labels(layers, MARGIN, step, every=max(1, math.ceil(30 / step))),
         "hidden": len(report.settled) - len(marks),
         "ticks": axis.ticks(),
         "line": "".join(line),
@@ -226,6 +216,12 @@ class _Axis:
 def _places(rows: Iterable[TensorRow | RouteRow]) -> dict[int | None, int]:
     """Place of each layer."""
     return {layer: index for index, layer in enumerate(layers_of(rows))}
+
+
+def _layer_labels(layers: dict[int | None, int], start: float, step: float, every: int) -> list[tuple[float, Any]]:
+    """Place and text under the layers of a picture, as many as can be read."""
+    shown = list(layers.items())[::every]
+    return [(round(start + (index + 0.5) * step, 1), "none" if layer is None else layer) for layer, index in shown]
 
 
 def _rgb(colour: Iterable[float]) -> str:

@@ -28,6 +28,8 @@ MAX_KINDS = 24
 MAX_LINES = 9
 PENDING_COLOUR, FALLBACK_COLOUR, POINT_COLOUR, ADAM_COLOUR = "#d9d9d9", "#d1495b", "#2a6f97", "#e09f3e"
 _COLOURS = (POINT_COLOUR, ADAM_COLOUR)
+_PENDING: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": PENDING_COLOUR, "hatch": "////", "lw": 0}
+_FALLBACK: dict[str, Any] = {"edgecolor": FALLBACK_COLOUR, "lw": 2}
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 Cells = dict[tuple[str, int | None], list[TensorRow]]
@@ -94,11 +96,7 @@ def diff_png(diff: Comparison, ratio: float | None = None) -> bytes:
 def diff_figure(diff: Comparison, ratio: float | None = None) -> Figure:
     """
     One point per tensor that both runs have: its value in the first run against that in the second, with the line
-    where they are equal.
-
-    Args:
-        diff (`Comparison`): The comparison.
-        ratio (`float`, *optional*): What is further apart than this is red, and the band is drawn.
+    where they are equal. What is further apart than `ratio` is red, and the band is drawn.
     """
     figure = Figure(figsize=(8, 7), dpi=100, layout="constrained")
     axes: Any = figure.subplots()
@@ -117,15 +115,8 @@ def diff_figure(diff: Comparison, ratio: float | None = None) -> Figure:
     if ratio is not None:
         low, high = [[end * factor for end in ends] for factor in (1.0 / ratio, ratio)]
         axes.fill_between(ends, low, high, color="#eeeeee", lw=0, zorder=-1, label=f"within a factor of {ratio:g}")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _plain_numbers(axes.xaxis)
-    _plain_numbers(axes.yaxis)
-    axes.set_xlabel(f"{diff.quantity} in the first run")
-    axes.set_ylabel(f"{diff.quantity} in the second run")
-    axes.set_title(diff.headline(), loc="left", fontsize=11)
     axes.legend(loc="upper left", fontsize=9, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    _log_axes(axes, f"{diff.quantity} in the first run", f"{diff.quantity} in the second run", diff.headline())
     return figure
 
 
@@ -221,11 +212,11 @@ def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kin
     if report.settled:
         bar = figure.colorbar(mappable, ax=axes, pad=0.01)
         _plain_numbers(bar.ax.yaxis)
-    marks = [
-        Patch(facecolor="#f2f2f2", edgecolor=PENDING_COLOUR, hatch="////", lw=0, label="pending, no gradient yet"),
-        Patch(facecolor="white", edgecolor=FALLBACK_COLOUR, lw=2, label="fallback, no deviation"),
-    ]
-    marks = [mark for mark, status in zip(marks, ("pending", "fallback"), strict=True) if report.by_status(status)]
+    marks = []
+    if report.by_status("pending"):
+        marks.append(Patch(**_PENDING, label="pending, no gradient yet"))
+    if report.by_status("fallback"):
+        marks.append(Patch(facecolor="white", **_FALLBACK, label="fallback, no deviation"))
     if marks:
         figure.legend(handles=marks, loc="outside lower left", ncols=2, fontsize=9, frameon=False)
 
@@ -235,16 +226,13 @@ def _draw_cell(
 ) -> None:
     settled = [row for row in rows if row.settled]
     if not settled:
-        stroke: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": PENDING_COLOUR, "hatch": "////", "lw": 0}
-        axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, **stroke))
+        axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, **_PENDING))
         if write_value:
             axes.text(x, y, "pending", ha="center", va="center", fontsize=8, color="#444444")
         return
     value = quantity.mean(settled)
     colour = (0.94, 0.94, 0.94, 1.0) if value is None else mappable.to_rgba(value)
-    frame: dict[str, Any] = {"lw": 0}
-    if any(row.status == "fallback" for row in settled):
-        frame = {"edgecolor": FALLBACK_COLOUR, "lw": 2}
+    frame = _FALLBACK if any(row.status == "fallback" for row in settled) else {"lw": 0}
     axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, **frame))
     if write_value:
         luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
@@ -297,14 +285,17 @@ def _draw_against_size(axes: Any, report: ReportData) -> None:
         x = [math.sqrt(size) for size in sizes]
         line = [math.sqrt(size - 1) / normalizer for size in sizes]
         axes.plot(x, line, color="#888888", lw=1, zorder=0, marker="_", ms=12)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.legend(handles=_legend(settled, pending), loc="upper left", fontsize=9, frameon=False)
+    ratios = [row.gsnr_over_sqrt_numel for row in settled]
+    title = f"g-SNR / sqrt(n): {span(min(ratios), max(ratios))}" if ratios else "scale against size"
+    _log_axes(axes, "sqrt(n), n: number of elements", "scale", title)
+
+
+def _log_axes(axes: Any, x: str, y: str, title: str) -> None:
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)
-    axes.set_xlabel("sqrt(n), n: number of elements")
-    axes.set_ylabel("scale")
-    axes.set_title(_ratio_title(settled), fontsize=11, loc="left")
-    axes.legend(handles=_legend(settled, pending), loc="upper left", fontsize=9, frameon=False)
+    axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -313,13 +304,6 @@ def _plain_numbers(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=8))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-
-
-def _ratio_title(settled: list[TensorRow]) -> str:
-    ratios = [row.gsnr_over_sqrt_numel for row in settled]
-    if not ratios:
-        return "scale against size"
-    return f"g-SNR / sqrt(n): {span(min(ratios), max(ratios))}"
 
 
 def _legend(settled: list[TensorRow], pending: list[TensorRow]) -> list[Any]:

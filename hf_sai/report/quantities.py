@@ -16,20 +16,12 @@ FROM_ZERO = "from 0"
 
 @dataclass(frozen=True)
 class Quantity:
-    """
-    What the cells of a map are coloured by.
+    """What the cells of a map are coloured by."""
 
-    Args:
-        field (`str`): Of [`TensorRow`].
-        name (`str`): Beside the colours.
-        title (`str`): Over the map of a picture.
-        heading (`str`): Over that of a page.
-    """
-
-    field: str
-    name: str
-    title: str
-    heading: str
+    field: str  # of a TensorRow
+    name: str  # beside the colours
+    title: str  # over the map of a picture
+    heading: str  # over that of a page
 
     def mean(self, rows: Sequence[TensorRow]) -> float | None:
         """Geometric mean over those that have it; `None` where none has."""

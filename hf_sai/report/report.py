@@ -33,9 +33,9 @@ class GSNRReport(ReportData):
 
     def to_text(self) -> str:
         """A plain table by kind of tensor, for a terminal of 80 columns."""
-        from .terminal import plain_text
+        from .terminal import plain, report_view
 
-        return plain_text(self)
+        return plain(report_view(self))
 
     def to_markdown(self) -> str:
         """Facts, and a table by kind of tensor and by layer, or of SWAN's routes."""
@@ -181,9 +181,7 @@ class GSNRReport(ReportData):
 
 @dataclasses.dataclass(frozen=True)
 class ReportDiff(Comparison):
-    """
-    Two runs compared; `GSNRReport.diff` makes it. [`Comparison`] has the fields.
-    """
+    """Two runs compared; `GSNRReport.diff` makes it. [`Comparison`] has the fields."""
 
     def to_text(self) -> str:
         """A plain table for a terminal of 80 columns, furthest apart first."""

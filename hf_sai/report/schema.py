@@ -32,12 +32,7 @@ class ReportError(ValueError):
 
 
 def read_text(file: Path) -> str:
-    """
-    The text of a report file.
-
-    Raises:
-        `ReportError`: It can't be read, is larger than any report, or is no text.
-    """
+    """The text of a report file; a `ReportError` where it can't be read, is larger than any report, or is no text."""
     try:
         size = file.stat().st_size
         content = file.read_bytes() if size <= MAX_BYTES else b""
@@ -63,9 +58,6 @@ def parse(text: str) -> dict[str, Any]:
     The fields of a report from JSON, those of an older schema brought to this one, without the schema's number.
 
     A number that is too large or none becomes one that is not finite, so that the field's own check can name it.
-
-    Raises:
-        `ReportError`: It is not JSON, holds more than any report, or has another schema.
     """
     if len(text) > MAX_BYTES or sum(map(text.count, ",[{")) > MAX_ITEMS:
         raise ReportError(
@@ -78,9 +70,7 @@ def parse(text: str) -> dict[str, Any]:
         raise ReportError(
             f"a g-SNR report must be nested at most {MAX_DEPTH} deep but is deeper; {_DAMAGED}"
         ) from None
-    except ReportError:
-        raise
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ReportError(f"a g-SNR report must be JSON but: {error}; write it again with save()") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
@@ -91,35 +81,18 @@ def parse(text: str) -> dict[str, Any]:
         )
     fields = {key: value for key, value in content.items() if key != "schema"}
     for added in range(schema + 1, SCHEMA + 1):
-        _add(fields, schema, *_ADDED[added])
+        place, new = _ADDED[added]
+        rows = fields.get(place) if place else [fields]
+        for row in rows if isinstance(rows, list) else []:
+            if isinstance(row, dict):
+                row.update({**new, **row})
     return fields
-
-
-def _add(fields: dict[str, Any], schema: int, place: str, new: dict[str, Any]) -> None:
-    """Gives a report of an older schema the fields that a later one added, at the top or in rows."""
-    rows = fields.get(place) if place else [fields]
-    for index, row in enumerate(rows if isinstance(rows, list) else []):
-        unknown = sorted(new.keys() & row.keys()) if isinstance(row, dict) else []
-        if unknown:
-            where = f"{place}[{index}]" if place else "the top"
-            raise ReportError(
-                f"{where} of a g-SNR report of schema {schema} must have its own fields but has unknown: {unknown}"
-            )
-        if isinstance(row, dict):
-            row.update(new)
 
 
 def build(cls: type[Any], fields: Any, where: str = "") -> Any:
     """
-    An instance of a dataclass from JSON, with every field there, of its type and in its range.
-
-    Args:
-        cls (`type`): The dataclass.
-        fields (`dict`): From JSON, or what stands in its place.
-        where (`str`): Where it stands, such as `"tensors[3]"`; empty at the top.
-
-    Raises:
-        `ReportError`: With the field's name.
+    An instance of a dataclass from JSON, with every field there, of its type and in its range; a `ReportError` names
+    the field, and `where` it stands, such as `"tensors[3]"` (empty at the top).
     """
     if not isinstance(fields, dict):
         raise _wrong(where, "a dict", fields)
@@ -147,12 +120,7 @@ def rows(cls: type[Any], values: Any, where: str) -> list[Any]:
 
 
 def check_history(values: Any) -> None:
-    """
-    Checks the measurements over time.
-
-    Raises:
-        `ReportError`: An entry is not a step and g-SNR by name.
-    """
+    """Refuses measurements over time of which one is not a step and g-SNR by name."""
     if not isinstance(values, list):
         raise _wrong("history", "a list", values)
     for index, entry in enumerate(values):

@@ -46,18 +46,8 @@ def plain(view: Any) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
-def plain_text(report: ReportData) -> str:
-    """The report as text."""
-    return plain(report_view(report))
-
-
 def table(*columns: tuple[str, int]) -> Table:
-    """
-    A table without frame.
-
-    Args:
-        columns (`(title, width)`): A negative width is that of a column of numbers, to the right.
-    """
+    """A table without frame, of columns with title and width; a negative width is that of numbers, to the right."""
     made = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for title, width in columns:
         made.add_column(title, width=abs(width), justify="right" if width < 0 else "left", no_wrap=True)

@@ -19,19 +19,12 @@ from transformers import (
 VOCABULARY = 32
 
 
-def tiny_llama(seed=0):
-    """Two layers, 16 wide, without dropout."""
+def tiny_llama(seed=0, **sizes):
+    """Two layers, 16 wide, without dropout, unless other sizes are given; on the device of the context."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-    )
+    defaults = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    defaults |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **sizes}))
 
 
 def tiny_lora(seed=0, **options):

@@ -44,6 +44,6 @@ def defaults_of(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _written() -> list[dict[str, Any]]:
-    path = Path(__file__).parent.parent / "optimizers.json"
+    path = Path(__file__).parent / "optimizers.json"
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return found
