@@ -264,7 +264,8 @@ def look_after(trainer: Any, resume_from_checkpoint: Any = None) -> None:
                 callbacks.append(GSNRCallback(trainer))
                 trainer.add_callback(callbacks[0])
             trainer.gsnr_callback = callbacks[0]
-            trainer.__class__ = _reporting(type(trainer))
+            host: Any = type(trainer)
+            trainer.__class__ = _reporting(host)
         given = isinstance(resume_from_checkpoint, (str, os.PathLike))
         trainer.gsnr_callback.resumed_from = resume_from_checkpoint if given else None
 
