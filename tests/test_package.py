@@ -52,6 +52,8 @@ FLOORS = {
     "hf_sai.hub": 4,
     "hf_sai.keeper": 4,
     "hf_sai.callback": 5,
+    "hf_sai.lr_test": 5,
+    "hf_sai.rehearsal": 4.5,
     "hf_sai.script_report": 5,
     "hf_sai.stand_in": 5,
     "hf_sai.trainer": 5,
