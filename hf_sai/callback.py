@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SaIConfig
+from .divergence import DivergenceWatch
 from .hub.host_lines import is_repo_id
 from .keeper import FILES, ReportKeeper
 from .live import (
@@ -73,6 +74,7 @@ class GSNRCallback(TrainerCallback):
         self.trainer = trainer
         self.config = config or SaIConfig()
         self._keeper = ReportKeeper("The g-SNR report could not be written; training goes on.")
+        self._watch = DivergenceWatch()
         # Where a trainer that knows it resumes from; the run's own folder may be another then.
         self.resumed_from: str | os.PathLike[str] | None = None
 
@@ -89,6 +91,7 @@ class GSNRCallback(TrainerCallback):
         if optim_name(args) in {record.name for record in list_records()}:
             warn_if_learning_rate_is_adams(args)
         self._keeper.clear()
+        self._watch = DivergenceWatch()
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             if state.is_world_process_zero:
@@ -116,6 +119,8 @@ class GSNRCallback(TrainerCallback):
         live, every = unwrap_optimizer(kwargs.get("optimizer")), self.config.gsnr_track_steps
         if every and (state.global_step + 1) % every == 0 and hasattr(live, "measure_in_next_step"):
             live.measure_in_next_step()
+        if record_of(live) is not None:
+            self._watch.before_step(live)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,6 +129,7 @@ class GSNRCallback(TrainerCallback):
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is None:
             return
+        self._warn(self._watch.after_step())
         if self._keeper.has_news(live):
             report = self._read(args, state, live, **kwargs)
             self._write_news(args, state)
@@ -135,6 +141,22 @@ class GSNRCallback(TrainerCallback):
             drift = report.drift()
             if drift and drift[-1]["step"] == state.global_step:
                 self._log(state, {"gsnr/ratio_to_first_median": drift[-1]["median"]})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Warns once of a run that diverges in its first steps."""
+        if record_of(unwrap_optimizer(kwargs.get("optimizer"))) is not None and state.is_world_process_zero:
+            self._warn(self._watch.on_log(logs or {}, args.learning_rate, bool(args.fp16)))
+
+    def _warn(self, message: str | None) -> None:
+        if message is not None:
+            logger.warning(message)
 
     def _read(
         self,

@@ -41,6 +41,7 @@ FLOORS = {
     "hf_sai.report": 2.6,
     "hf_sai.activations": 3,
     "hf_sai.deepspeed_config": 3,
+    "hf_sai.divergence": 4,
     "hf_sai.integration": 3,
     "hf_sai.live": 3,
     "hf_sai.memory": 3,
