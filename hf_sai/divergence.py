@@ -53,8 +53,8 @@ class DivergenceWatch:
             return None
         ratio, rate = self._first.update_over_weights(), self._first.rate
         self._first = None
-        self._looks = self._looks - 1 if ratio == 0.0 else 0  # fp16 skips steps until its loss has found a scale
-        if ratio <= 1.0:
+        self._looks = self._looks - 1 if ratio is None else 0
+        if ratio is None or ratio <= 1.0:
             return None
         return self._tell(
             f"its first update is {ratio:.2g} times as large as its weights (root mean squares, at the peak learning "
@@ -144,10 +144,15 @@ class _Sample:
         device = self._params[0].device
         return torch.cat([_some(param).to(device, torch.float32) for param in self._params])
 
-    def update_over_weights(self) -> float:
-        """Of their root mean squares, at the peak; 0 where nothing moved, or where that is not a number."""
+    def update_over_weights(self) -> float | None:
+        """
+        Of their root mean squares, at the peak. 0 where the weights are, or where that is no number; `None` where
+        nothing moved: fp16 skips steps until its loss has found a scale.
+        """
         moved = (self._now() - self._before) * self._peaks
         sums = torch.stack([moved.square() @ self._stands_for, self._before.square() @ self._stands_for]).tolist()
+        if sums[0] == 0.0:
+            return None
         return math.sqrt(sums[0] / sums[1]) if all(map(math.isfinite, sums)) and sums[1] else 0.0
 
 

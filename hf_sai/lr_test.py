@@ -127,7 +127,7 @@ class LRTest:
             return ["No suggestion: every rate diverged. Look at the data and the loss first."]
         lines = [f"Try learning_rate={self.suggestion:g}. (Yours is {self.given:g}.)"]
         if not self.is_clear:
-            lines.append("This is weak: the smallest rate did no worse than noise allows. Test more updates.")
+            lines.append("This is weak: noise hides what the smallest rate does worse. Test more updates.")
         elif len(self.alike) > 1:
             lines.append(f"Noise does not tell {self.alike[0]:.2g} to {self.alike[-1]:.2g} apart.")
         return lines
