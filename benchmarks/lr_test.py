@@ -1,13 +1,12 @@
 """
 `hf-sai lr` against sweeps: what it suggests on tasks whose best learning rate is known from whole trainings.
 
-    python benchmarks/lr_test.py                              # three tasks, three optimizers, three seeds; 4 minutes
-    python benchmarks/lr_test.py --tasks minilm minilm_lora   # real weights too, as `make bench-real` has them
+    python benchmarks/lr_test.py    # three tasks, three optimizers, three seeds; 4 minutes
 
-The sweeps are those of `lm_pretraining.py`, `lr_wd_grid.py`, `lora_finetuning.py` and `real_weights.py`, from their
-result files. Beside each suggestion stands the classic range test: one run of 98 updates whose rate grows from 1e-6 to
-1, and of its smoothed loss the lowest point over 10, and the steepest descent. Writes `benchmarks/results/lr_test.json`
-and `.md`.
+The sweeps are those of `lm_pretraining.py`, `lr_wd_grid.py` and `lora_finetuning.py`, from their result files. Beside
+each suggestion stands the classic range test: one run of 98 updates whose rate grows from 1e-6 to 1, and of its
+smoothed loss the lowest point over 10, and the steepest descent. An interrupted benchmark goes on where it was. Writes
+`benchmarks/results/lr_test.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib
 import json
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import common
@@ -176,6 +172,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table([*header, "classic, lowest / 10", "classic, steepest"], rows)
 
 
+def is_close(entry: dict[str, Any]) -> bool:
+    """Whether every suggestion is within a factor of 3 of the sweep's best."""
+    return all(1 / 3 <= run["suggestion"] / entry["best"] <= 3 for run in entry["runs"])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, prints, writes the result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,15 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             entry = {"task": task, "optimizer": name, "best": best, "sweep": list(known.items()), "runs": runs}
             results[f"{task} {name}"] = entry
     updates = [run["updates"] for each in results.values() for run in each["runs"]]
-    close = [
-        each
-        for each in results.values()
-        if all(1 / 3 <= run["suggestion"] / each["best"] <= 3 for run in each["runs"])
-    ]
+    close = [entry for entry in results.values() if is_close(entry)]
     text = (
-        f"What `hf-sai lr` suggests after {min(updates)} to {max(updates)} updates, for {args.seeds} starts, beside the "
-        "best learning rate of whole trainings; the last three columns are ratios to that, of the mean over the starts. "
-        f"All suggestions within a factor of 3: {len(close)} of {len(results)}.\n\n{table(results)}"
+        f"What `hf-sai lr` suggests after {min(updates)} to {max(updates)} updates, for {args.seeds} starts, beside "
+        "the best learning rate of whole trainings. The last three columns are ratios to that, of the geometric mean "
+        f"over the starts. In {len(close)} of {len(results)} rows every suggestion is within a factor of 3.\n\n"
+        f"{table(results)}"
     )
     print(f"\n{text}")
     known_facts = {

@@ -101,13 +101,13 @@ def advice(rows: list[Row]) -> Iterator[str]:
     adamw, others = beside(rows)
     for row in others:
         gap, share = row["after"] - adamw["after"], row["state_bytes"] / adamw["state_bytes"]
-        figures = f"loss {abs(gap):.3f} {'above' if gap > 0 else 'below'} AdamW's, {share:.0%} of its state"
+        figures = f"loss {abs(gap):.3f} {'higher' if gap > 0 else 'lower'}, {share:.0%} of state"
         if gap <= 0.005:
             yield f"  {name_of(row)}: take it ({figures})"
         elif gap <= 0.05:
-            yield f"  {name_of(row)}: take it where memory counts ({figures})"
+            yield f"  {name_of(row)}: take it if memory counts ({figures})"
         else:
-            yield f"  {name_of(row)}: only where memory decides ({figures})"
+            yield f"  {name_of(row)}: only if memory decides ({figures})"
 
 
 def draw(tasks: dict[str, list[Row]], path: Path) -> None:
@@ -145,7 +145,7 @@ def show(tasks: dict[str, list[Row]]) -> None:
     print("\n" + "=" * 80)
     for title, rows in tasks.items():
         print(f"{table(title, rows)}\n")
-    print("When to take which, as far as one run of each can tell:")
+    print("When to take which instead of AdamW, as far as one run of each can tell:")
     for title, rows in tasks.items():
         print(f" {title}", *advice(rows), sep="\n")
     report = GSNRReport.load(ADAPTER)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
 
 import numpy
 import pytest
 import torch
 from support.models import tiny_llama, tiny_lora, token_blocks
-from support.processes import HF_SAI, call
 from support.trainers import arguments, files_below, trainable
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +18,7 @@ from transformers import Trainer
 
 import hf_sai
 from hf_sai import OptionError, SaITrainer, lr_find
+from hf_sai.cli import app
 from hf_sai.lr_test import LRTest, Trial
 from hf_sai.rehearsal import rehearse
 
@@ -270,17 +271,34 @@ print("the script went on")
 """
 
 
-@pytest.mark.timeout(200)
-def test_the_command_tests_in_the_place_of_a_scripts_training(tmp_path):
+def run_here(folder, arguments):
+    """`hf-sai lr` in this process, for a fork."""
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    app(["lr", *arguments], prog_name="hf-sai")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said", "files"),
+    [
+        ("--updates 8 train.py {}", 0, "Try learning_rate=", ["out/lr_test.png"]),
+        ("--picture p.png --updates 6 train.py {}", 0, "Picture: p.png", ["p.png"]),
+        ("--updates 5 train.py {}", 2, "hf-sai: updates must be >= 6 but is 5; 14 is the default", []),
+        ("train.py {} --max_steps 7", 1, "the script went on\nhf-sai: lr tests where a script calls the train()", []),
+    ],
+    ids=["found", "picture", "refused", "untrained"],
+)
+def test_the_command_tests_in_the_place_of_a_scripts_training(processes, tmp_path, flags, code, said, files):
     (tmp_path / "train.py").write_text(SCRIPT)
-    flags = "train.py --output_dir out --optim sgd_sai --use_cpu --report_to none --per_device_train_batch_size 1"
-    done = call([*HF_SAI, "lr", "--updates", "8", *flags.split()], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Try learning_rate=" in done.stdout
-    assert "the script went on" not in done.stdout
-    assert "Picture: out/lr_test.png" in done.stdout
-    assert [path.name for path in files_below(tmp_path / "out")] == ["lr_test.png"]
-    done = call([*HF_SAI, "lr", *flags.split(), "--max_steps", "7"], tmp_path)
-    assert done.returncode == 1
-    assert "the script went on" in done.stdout
-    assert "the script ended without" in done.stderr
+    options = "--output_dir out --optim sgd_sai --use_cpu --report_to none --per_device_train_batch_size 1"
+    process = processes.Process(target=run_here, args=(tmp_path, flags.format(options).split()))
+    process.start()
+    process.join(100)
+    output = (tmp_path / "output.txt").read_text()
+    assert process.exitcode == code, output
+    assert said in output
+    assert ("the script went on" in output) == (code == 1)
+    written = {str(path.relative_to(tmp_path)) for path in files_below(tmp_path)} - {"train.py", "output.txt"}
+    assert sorted(written) == files
