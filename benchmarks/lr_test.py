@@ -1,11 +1,12 @@
 """
 `hf-sai lr` against sweeps: what it suggests on tasks whose best learning rate is known from whole trainings.
 
-    python benchmarks/lr_test.py    # three tasks, three optimizers, three seeds; 4 minutes
+    python benchmarks/lr_test.py    # three tasks, three optimizers, three seeds; ten minutes
 
-The sweeps are those of `lm_pretraining.py`, `lr_wd_grid.py` and `lora_finetuning.py`, from their result files. Beside
-each suggestion stands the classic range test: one run of 98 updates whose rate grows from 1e-6 to 1, and of its
-smoothed loss the lowest point over 10, and the steepest descent. An interrupted benchmark goes on where it was. Writes
+The sweeps are those of `lm_pretraining.py` and `lora_finetuning.py`, from their result files; that of the ViT is made
+here, by `lr_wd_grid.py` with a decay of 1e-3 on one seed. Beside each suggestion stands the classic range test: one
+run of 98 updates whose rate grows from 1e-6 to 1, and of its smoothed loss, without the first ten, the lowest point
+over 10, and the steepest descent. An interrupted benchmark goes on where it was. Writes
 `benchmarks/results/lr_test.json` and `.md`.
 """
 
@@ -19,7 +20,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import lm_pretraining
@@ -35,6 +36,7 @@ from hf_sai.rehearsal import Rehearsal, rehearse
 
 
 ROWS = 2000
+VIT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RAMP = 98  # as many updates as `hf-sai lr` makes
 LABELS = {"adamw_torch": "AdamW", "swan": "SWAN", "sgd_sai": "SGD-SaI", "paired": "SGD-SaI, paired"}
 Data = list[dict[str, torch.Tensor]]
@@ -74,25 +76,35 @@ def lora(seed: int) -> tuple[Any, Data, int]:
     return get_peft_model(copy.deepcopy(base()), config), blocks(text, length, seed), count
 
 
-def sweep(file: str, task: str, name: str) -> dict[float, float]:
-    """Loss, or share of errors, by learning rate."""
-    path = common.RESULTS / f"{file}.json"
-    if not path.is_file():
-        return {}
-    written = json.loads(path.read_text())
-    if task == "vit":
-        rows = {row["optimizer"]: row["by_rate"] for row in written["summary"]}
-        return {float(rate): 100.0 - right for rate, right in rows[name.removesuffix("_torch")].items()}
+def sweep(file: str, name: str) -> dict[float, float]:
+    """Loss, or share of errors, by learning rate; that of the ViT is made here, finer than its result file's."""
+    if not file:
+        errors = {}
+        for rate in VIT_RATES:
+            setting = {"sweep": "vit", "name": name, "lr": rate}
+            train = functools.partial(lr_wd_grid.train, "vit", name.removesuffix("_torch"), rate, 1e-3, 0, 300)
+            errors[rate] = 100.0 - finished("lr_test", setting, train)["accuracy"]
+        return errors
+    written = json.loads((common.RESULTS / f"{file}.json").read_text())
     key = {"adamw_torch": "AdamW", "swan": "SWAN, b_only", "paired": "SGD-SaI, paired"}.get(name, name)
-    found = written["ranks"]["4"][key] if task == "lora" else written["results"][name.removesuffix("_torch")]
+    found = written["ranks"]["4"][key] if "ranks" in written else written["results"][name.removesuffix("_torch")]
     return {float(rate): loss for rate, loss in found["trials"].items()}
 
 
-# What trains it, the file of its sweep, and its optimizers.
-TASKS: dict[str, tuple[Callable[[int], tuple[Any, Data, int]], str, tuple[str, ...]]] = {
-    "lm": (lm, "lm_pretraining_64x2_200", ("adamw_torch", "swan", "sgd_sai")),
-    "vit": (vit, "lr_wd_grid_vit_300", ("adamw_torch", "swan", "sgd_sai")),
-    "lora": (lora, "lora_finetuning", ("adamw_torch", "swan", "paired")),
+class Task(NamedTuple):
+    """What trains, the file of its sweep, its optimizers, and the updates of each rate."""
+
+    make: Callable[[int], tuple[Any, Data, int]]
+    file: str
+    optimizers: tuple[str, ...]
+    updates: int = 14
+
+
+TASKS = {
+    "lm": Task(lm, "lm_pretraining_64x2_200", ("adamw_torch", "swan", "sgd_sai")),
+    "vit": Task(vit, "", ("adamw_torch", "swan", "sgd_sai")),
+    "lora": Task(lora, "lora_finetuning", ("adamw_torch", "swan", "paired")),
+    "lora, 40 updates": Task(lora, "lora_finetuning", ("adamw_torch", "swan", "paired"), 40),
 }
 
 
@@ -103,7 +115,7 @@ def cross_entropy(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = 
 
 def make_trainer(task: str, name: str, seed: int, folder: str) -> Trainer:
     """As a user has one."""
-    model, data, batch = TASKS[task][0](seed)
+    model, data, batch = TASKS[task].make(seed)
     options = {"optim": "sgd_sai", "optim_args": "lora_policy=paired"} if name == "paired" else {"optim": name}
     args = TrainingArguments(
         folder,
@@ -134,8 +146,8 @@ def classic(rehearsal: Rehearsal) -> dict[str, float]:
     for index, loss in enumerate(losses, start=1):
         mean = 0.9 * mean + 0.1 * loss
         smooth.append(mean / (1 - 0.9**index))
-    lowest = min(range(len(smooth)), key=lambda index: smooth[index])
-    steepest = min(range(5, len(smooth) - 1), key=lambda index: smooth[index + 1] - smooth[index])
+    lowest = min(range(10, len(smooth)), key=lambda index: smooth[index])
+    steepest = min(range(10, len(smooth) - 1), key=lambda index: smooth[index + 1] - smooth[index])
     return {"lowest / 10": rates[lowest] / 10, "steepest": rates[steepest]}
 
 
@@ -143,12 +155,17 @@ def one(task: str, name: str, seed: int) -> dict[str, Any]:
     """The suggestions for one start."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(task, name, seed, folder)
-        found = hf_sai.lr_find(trainer)
-        ramp = rehearse(trainer, RAMP, classic)
+        found = hf_sai.lr_find(trainer, TASKS[task].updates)
     scores = {f"{trial.learning_rate:.2g}": trial.score for trial in found.trials}
     updates = sum(len(trial.losses) for trial in found.trials)
-    print(f"  {task:<12} {LABELS[name]:<16} seed {seed}: {found.suggestion}, {ramp}", flush=True)
-    return {"suggestion": found.suggestion, "clear": found.is_clear, "scores": scores, "updates": updates, **ramp}
+    print(f"  {task:<12} {LABELS[name]:<16} seed {seed}: {found.suggestion}", flush=True)
+    return {"suggestion": found.suggestion, "clear": found.is_clear, "scores": scores, "updates": updates}
+
+
+def ramp(task: str, name: str, seed: int) -> dict[str, float]:
+    """The classic test from the same start."""
+    with tempfile.TemporaryDirectory() as folder:
+        return rehearse(make_trainer(task, name, seed, folder), RAMP, classic)
 
 
 def factor(found: float, best: float) -> str:
@@ -164,9 +181,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         middle = statistics.geometric_mean(run["suggestion"] for run in runs)
         row = [each["task"], LABELS[each["optimizer"]], ", ".join(f"{r:g}: {v:.3g}" for r, v in each["sweep"])]
         row += [f"{best:g}", ", ".join(f"{run['suggestion']:g}" for run in runs), factor(middle, best)]
-        row += [
-            factor(statistics.geometric_mean(run[key] for run in runs), best) for key in ("lowest / 10", "steepest")
-        ]
+        for key in ("lowest / 10", "steepest"):
+            found = [run[key] for run in each["classic"]]
+            row.append(factor(statistics.geometric_mean(found), best) if found else "")
         rows.append(row)
     header = ["task", "optimizer", "sweep: rate, loss or % of errors", "best", "suggestions", "suggestion / best"]
     return markdown_table([*header, "classic, lowest / 10", "classic, steepest"], rows)
@@ -187,17 +204,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     results: dict[str, dict[str, Any]] = {}
     for task in args.tasks:
-        _, file, names = TASKS[task]
-        for name in names:
-            known = sweep(file, task, name)
+        for name in TASKS[task].optimizers:
+            known = sweep(TASKS[task].file, name)
             runs = [
                 finished(
                     "lr_test", {"task": task, "name": name, "seed": seed}, functools.partial(one, task, name, seed)
                 )
                 for seed in range(args.seeds)
             ]
+            ramps = [
+                finished(
+                    "lr_test", {"ramp": task, "name": name, "seed": seed}, functools.partial(ramp, task, name, seed)
+                )
+                for seed in range(args.seeds if TASKS[task].updates == 14 else 0)
+            ]
             best = min(known, key=lambda rate: known[rate])
             entry = {"task": task, "optimizer": name, "best": best, "sweep": list(known.items()), "runs": runs}
+            entry["classic"] = ramps
             results[f"{task} {name}"] = entry
     updates = [run["updates"] for each in results.values() for run in each["runs"]]
     close = [entry for entry in results.values() if is_close(entry)]

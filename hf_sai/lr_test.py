@@ -18,10 +18,11 @@ DECADES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 UPDATES, LEAST_UPDATES = 14, 6
 WARM_UP_SHARE, LAST_SHARE = 0.3, 0.4
 LIMITS = """\
-What it can't know: it saw {updates} updates a rate, without your schedule. Long runs
-and small or noisy batches often want a third of this rate. Where a loss stays
-at chance at first, short trainings can't tell rates apart: take the documented
-one then. A loss that is no measure of progress, as GRPO's, tells nothing."""
+What it can't know: it saw {updates} updates a rate, without your schedule. From random
+weights a long run may want a third of this rate. An adapter's best rates are
+behind at first: test more updates there. Where a loss stays at chance for long,
+no short test can tell: take the documented rate. A loss that is no measure of
+progress, as GRPO's, tells nothing."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Rehearsal:
         """
         losses: list[float] = []
         try:
-            with left_as_it_was(self._trainer.model):
+            with left_as_it_was(self._trainer.model), trainer_left_as_it_was(self._trainer):
                 self._zero_grad()
                 for (batches, items), rate in zip(self._updates, rates, strict=False):
                     self._set_rate(rate)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 import hf_sai
-from hf_sai import OptionError, SaITrainer, lr_find
+from hf_sai import OptionError, SaITrainer, cli, lr_find, lr_test
 from hf_sai.cli import app
 from hf_sai.lr_test import LRTest, Trial
 from hf_sai.rehearsal import rehearse
@@ -269,6 +269,27 @@ if args.max_steps != 7:
     trainer.train()
 print("the script went on")
 """
+
+
+def test_the_command_has_the_functions_default():
+    assert cli.lr.UPDATES == lr_test.UPDATES
+
+
+class Counting(SaITrainer):
+    """As GRPO's trainer has it: what a step does hangs on a count of its own."""
+
+    steps_made = 0
+
+    def training_step(self, *args, **kwargs):
+        self.steps_made += 1
+        return super().training_step(*args, **kwargs) + 100.0 * self.steps_made
+
+
+def test_every_trial_begins_with_the_trainers_own_numbers(tmp_path):
+    trainer = make(tmp_path, Noisy, Counting)
+    found = lr_find(trainer, updates=6)
+    assert [round(loss, -2) for loss in found.trials[-1].losses] == [100.0, 200.0, 300.0, 400.0, 500.0, 600.0]
+    assert "steps_made" not in vars(trainer)
 
 
 def run_here(folder, arguments):
