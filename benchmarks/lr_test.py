@@ -92,19 +92,17 @@ def sweep(file: str, name: str) -> dict[float, float]:
 
 
 class Task(NamedTuple):
-    """What trains, the file of its sweep, its optimizers, and the updates of each rate."""
+    """What trains, the file of its sweep, and its optimizers."""
 
     make: Callable[[int], tuple[Any, Data, int]]
     file: str
     optimizers: tuple[str, ...]
-    updates: int = 14
 
 
 TASKS = {
     "lm": Task(lm, "lm_pretraining_64x2_200", ("adamw_torch", "swan", "sgd_sai")),
     "vit": Task(vit, "", ("adamw_torch", "swan", "sgd_sai")),
     "lora": Task(lora, "lora_finetuning", ("adamw_torch", "swan", "paired")),
-    "lora, 40 updates": Task(lora, "lora_finetuning", ("adamw_torch", "swan", "paired"), 40),
 }
 
 
@@ -155,7 +153,7 @@ def one(task: str, name: str, seed: int) -> dict[str, Any]:
     """The suggestions for one start."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(task, name, seed, folder)
-        found = hf_sai.lr_find(trainer, TASKS[task].updates)
+        found = hf_sai.lr_find(trainer)
     scores = {f"{trial.learning_rate:.2g}": trial.score for trial in found.trials}
     updates = sum(len(trial.losses) for trial in found.trials)
     print(f"  {task:<12} {LABELS[name]:<16} seed {seed}: {found.suggestion}", flush=True)
@@ -183,7 +181,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         row += [f"{best:g}", ", ".join(f"{run['suggestion']:g}" for run in runs), factor(middle, best)]
         for key in ("lowest / 10", "steepest"):
             found = [run[key] for run in each["classic"]]
-            row.append(factor(statistics.geometric_mean(found), best) if found else "")
+            row.append(factor(statistics.geometric_mean(found), best))
         rows.append(row)
     header = ["task", "optimizer", "sweep: rate, loss or % of errors", "best", "suggestions", "suggestion / best"]
     return markdown_table([*header, "classic, lowest / 10", "classic, steepest"], rows)
@@ -216,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 finished(
                     "lr_test", {"ramp": task, "name": name, "seed": seed}, functools.partial(ramp, task, name, seed)
                 )
-                for seed in range(args.seeds if TASKS[task].updates == 14 else 0)
+                for seed in range(args.seeds)
             ]
             best = min(known, key=lambda rate: known[rate])
             entry = {"task": task, "optimizer": name, "best": best, "sweep": list(known.items()), "runs": runs}

@@ -19,10 +19,10 @@ UPDATES, LEAST_UPDATES = 14, 6
 WARM_UP_SHARE, LAST_SHARE = 0.3, 0.4
 LIMITS = """\
 What it can't know: it saw {updates} updates a rate, without your schedule. From random
-weights a long run may want a third of this rate. An adapter's best rates are
-behind at first: test more updates there. Where a loss stays at chance for long,
-no short test can tell: take the documented rate. A loss that is no measure of
-progress, as GRPO's, tells nothing."""
+weights a long run may want a third of this rate. An adapter may want three to
+ten times as much: its best rates are behind at first. Where a loss stays at
+chance for long, no short test can tell: take the documented rate. A loss that
+is no measure of progress, as GRPO's, tells nothing."""
 
 
 @dataclass(frozen=True)
