@@ -164,7 +164,7 @@ def show(tasks: dict[str, list[Row]]) -> None:
     ):
         if path.is_file():
             print(f"  {what:<22} {path}")
-    print("\nTo look at it, and to push this very folder in one commit (after `hf auth login`):\n")
+    print("\nTo look at it, and to push this folder in one commit (after `hf auth login`):\n")
     print(f"  hf-sai report {ADAPTER} --open")
     print(f"  hf-sai push {ADAPTER} hf-sai-demo --private\n")
 
