@@ -155,33 +155,33 @@ def test_a_trial_is_what_a_training_at_that_rate_is(tmp_path, build, changed):
 
 
 class Square(nn.Module):
-    """`h w^2 / 2`, whatever the batch."""
+    """`20 w^2`, whatever the batch."""
 
     def __init__(self):
         super().__init__()
         self.w = nn.Parameter(torch.tensor([1.0]))
 
     def forward(self, x, labels=None):
-        return {"loss": 5.0 * self.w.square().sum() + 0.0 * x.sum()}
+        return {"loss": 20.0 * self.w.square().sum() + 0.0 * x.sum()}
 
 
 def test_rates_losses_and_suggestion_of_a_square_by_hand(tmp_path):
-    """Gradient descent multiplies w by 1 - 10 rate; above 0.2 it diverges."""
+    """Gradient descent multiplies w by 1 - 40 rate; above 0.05 it diverges."""
     trainer = make(tmp_path, Noisy, Trainer, optim="sgd", max_grad_norm=0)
     trainer.model = trainer.model_wrapped = Square()
     found = lr_find(trainer)
-    assert [trial.learning_rate for trial in found.trials] == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3])
+    assert [trial.learning_rate for trial in found.trials] == pytest.approx([1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1])
     for trial in found.trials:
         w, expected = 1.0, []
-        for share in [0.2, 0.4, 0.6, 0.8] + [1.0] * 10:
-            expected.append(5.0 * w * w)
-            w *= 1.0 - 10.0 * trial.learning_rate * share
-            if min(expected[-2:]) > 3 * 5.0 and len(expected) > 1:
+        for share in [0.2, 0.4, 0.6, 0.8, *(left / 10 for left in range(10, 0, -1))]:
+            expected.append(20.0 * w * w)
+            w *= 1.0 - 40.0 * trial.learning_rate * share
+            if min(expected[-2:]) > 3 * 20.0 and len(expected) > 1:
                 break
         assert trial.losses == pytest.approx(expected, rel=1e-4, abs=1e-12)
     assert [bool(trial.last) for trial in found.trials] == [True] * 6 + [False]
-    assert found.best.learning_rate == pytest.approx(0.1)
-    assert found.suggestion == pytest.approx(0.1)  # the rate above diverged: no parabola
+    assert found.best.learning_rate == pytest.approx(0.03)
+    assert found.suggestion == pytest.approx(0.03)  # the rate above diverged: no parabola
     assert "diverged after" in found.to_text()
     assert found.is_clear
 
