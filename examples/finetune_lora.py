@@ -109,18 +109,20 @@ def make_trainer(model: Any, args: TrainingArguments, data: DatasetDict, tokeniz
     )
 
 
-def pretrain(output_dir: str, steps: int, optim: str = "sgd_sai", learning_rate: float = 0.01) -> dict[str, Any]:
+def pretrain(
+    output_dir: str, steps: int, optim: str = "sgd_sai", learning_rate: float = 0.01, **others: Any
+) -> dict[str, Any]:
     """Trains the small byte-level model on Python code and saves it; returns losses and the optimizer's bytes."""
     tokenizer = offline.byte_tokenizer()
     data = prepare(offline.standard_library_source(), tokenizer, "text", 128)
     changed = {"output_dir": output_dir, "optim": optim, "learning_rate": learning_rate, "max_steps": steps}
-    args = TrainingArguments(**{**DEFAULTS, **changed, "warmup_steps": steps // 10, "save_strategy": "no"})
+    args = TrainingArguments(**{**DEFAULTS, **changed, "warmup_steps": steps // 10, "save_strategy": "no", **others})
     trainer = make_trainer(offline.small_llama(len(tokenizer)), args, data, tokenizer)
     return train_and_evaluate(trainer)
 
 
 def train_and_evaluate(trainer: Any, metric: str = "eval_loss") -> dict[str, Any]:
-    """A held-out metric before and after training, and the bytes of the optimizer's state; saves or pushes."""
+    """A held-out metric before and after, the bytes of the state, the logged losses by step; saves or pushes."""
     before = trainer.evaluate()[metric]
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     after = trainer.evaluate()[metric]
@@ -129,7 +131,9 @@ def train_and_evaluate(trainer: Any, metric: str = "eval_loss") -> dict[str, Any
     else:
         trainer.save_model()
         trainer.create_model_card()
-    return {"before": before, "after": after, "state_bytes": hf_sai.optimizer_state_bytes(trainer.optimizer)}
+    curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    state_bytes = hf_sai.optimizer_state_bytes(trainer.optimizer)
+    return {"before": before, "after": after, "state_bytes": state_bytes, "curve": curve}
 
 
 def finetune(script_args: ScriptArguments, args: TrainingArguments) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _NAMES = {
     ".config": "SaIConfig",
     ".integration": "create_optimizer optimizer_cls_and_kwargs param_groups",
     ".live": "OptimizerMismatchError assert_optimizer",
+    ".lr_test": "lr_find",
     ".optim": "OptionError SGDSaI SGDSaILayerwise SWAN SWANLayerwise convert_lr measure_gsnr optimizer_state_bytes",
     ".registration": "register unregister",
     ".report": "GSNRReport",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # the same for a type checker or an editor, which runs nothin
     from .integration import param_groups as param_groups
     from .live import OptimizerMismatchError as OptimizerMismatchError
     from .live import assert_optimizer as assert_optimizer
+    from .lr_test import lr_find as lr_find
     from .optim import SWAN as SWAN
     from .optim import OptionError as OptionError
     from .optim import SGDSaI as SGDSaI

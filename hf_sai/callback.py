@@ -19,6 +19,7 @@ from trainer_patches import trainings_are_watched
 from trainer_patches.compat import trains_loaded_weights
 
 from .config import SaIConfig
+from .divergence import DivergenceWatch
 from .files import warning_instead
 from .hub.host_lines import is_repo_id
 from .keeper import FILES, ReportKeeper
@@ -78,6 +79,7 @@ class GSNRCallback(TrainerCallback):
         self.trainer = trainer
         self.config = config or SaIConfig()
         self._keeper = ReportKeeper("The g-SNR report could not be written; training goes on.")
+        self._watch = DivergenceWatch()
         # Where a trainer that knows it resumes from; the run's own folder may be another then.
         self.resumed_from: str | os.PathLike[str] | None = None
 
@@ -94,6 +96,7 @@ class GSNRCallback(TrainerCallback):
         if not trainings_are_watched():  # a version of the host that is not known
             begin_training(args, model, kwargs.get("optimizer"))
         self._keeper.clear()
+        self._watch = DivergenceWatch()
         if record_of(live) is None:
             if state.is_world_process_zero:
                 with self._failing_softly():
@@ -130,6 +133,8 @@ class GSNRCallback(TrainerCallback):
         live, every = unwrap_optimizer(kwargs.get("optimizer")), self.config.gsnr_track_steps
         if every and (state.global_step + 1) % every == 0 and hasattr(live, "measure_in_next_step"):
             live.measure_in_next_step()
+        if record_of(live) is not None:
+            self._watch.before_step(live)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,6 +143,7 @@ class GSNRCallback(TrainerCallback):
         live = unwrap_optimizer(kwargs.get("optimizer"))
         if record_of(live) is not None:
             with self._failing_softly():
+                self._warn(self._watch.after_step())
                 self._take_news(args, state, live, **kwargs)
 
     def _take_news(self, args: TrainingArguments, state: TrainerState, live: Any, **kwargs: Any) -> None:
@@ -152,6 +158,22 @@ class GSNRCallback(TrainerCallback):
             drift = report.drift()
             if drift and drift[-1]["step"] == state.global_step:
                 self._log(state, {"gsnr/ratio_to_first_median": drift[-1]["median"]})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Warns once of a run that diverges in its first steps."""
+        if record_of(unwrap_optimizer(kwargs.get("optimizer"))) is not None and state.is_world_process_zero:
+            self._warn(self._watch.on_log(logs or {}, args.learning_rate, bool(args.fp16)))
+
+    def _warn(self, message: str | None) -> None:
+        if message is not None:
+            logger.warning(message)
 
     def _read(
         self,

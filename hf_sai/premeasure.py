@@ -42,10 +42,10 @@ def premeasure(optimizer: Any, trainer: Any, loader: Iterable[Any], count: int) 
             model.zero_grad(set_to_none=True)
             trainer.current_gradient_accumulation_steps = len(batches)
             for batch in batches:
-                trainer.training_step(trainer.model_wrapped, _spare(batch), items)
+                trainer.training_step(trainer.model_wrapped, spare(batch), items)
             yield [param.grad for _, param in named]
 
-    with left_as_it_was(model), _trainer_left_as_it_was(trainer), _without_updates(optimizer):
+    with left_as_it_was(model), trainer_left_as_it_was(trainer), _without_updates(optimizer):
         rows = mean_gsnr(named, gradients())
     optimizer.take_scales(rows)
 
@@ -75,14 +75,19 @@ def _refuse(optimizer: Any, trainer: Any) -> None:
 
 def _read(trainer: Any, loader: Iterable[Any], count: int) -> list[tuple[list[Any], Any]]:
     """The batches of the first updates, with what the Trainer counts in them; the loader gives them out once more."""
-    args = trainer.args
     iterator = iter(loader)
+    updates = first_updates(trainer, iterator, count)
+    _put_back(loader, [batch for batches, _ in updates for batch in batches], iterator)
+    return updates
+
+
+def first_updates(trainer: Any, iterator: Iterator[Any], count: int) -> list[tuple[list[Any], Any]]:
+    """The next updates of an iterator over a Trainer's batches: the batches of each, and what the Trainer counts."""
+    args = trainer.args
     updates = [
         trainer.get_batch_samples(iterator, args.gradient_accumulation_steps, args.device) for _ in range(count)
     ]
-    updates = [(batches, items) for batches, items in updates if batches]
-    _put_back(loader, [batch for batches, _ in updates for batch in batches], iterator)
-    return updates
+    return [(batches, items) for batches, items in updates if batches]
 
 
 def _put_back(loader: Any, read: list[Any], iterator: Iterator[Any]) -> None:
@@ -115,7 +120,7 @@ def _chained(read: list[Any], iterator: Iterator[Any]) -> Iterator[Any]:
     yield from iterator
 
 
-def _spare(batch: Any) -> Any:
+def spare(batch: Any) -> Any:
     """A batch that a Trainer may take the labels out of."""
     return copy.copy(batch) if isinstance(batch, (Mapping, list)) else batch
 
@@ -134,7 +139,7 @@ def _without_updates(optimizer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _trainer_left_as_it_was(trainer: Any) -> Iterator[None]:
+def trainer_left_as_it_was(trainer: Any) -> Iterator[None]:
     """What a Trainer keeps of its steps (TRL's count tokens and collect metrics) is as before."""
     fields = vars(trainer)
     before = dict(fields)

@@ -368,3 +368,38 @@ def test_the_committed_headline_is_that_of_the_other_results(results, monkeypatc
     written, markdown = read(results, "headline")
     assert written["rows"] == json.loads((RESULTS / "headline.json").read_text())["rows"]
     assert markdown.splitlines()[:13] == (RESULTS / "headline.md").read_text().splitlines()[:13]
+
+
+def test_a_suggested_rate_stands_beside_the_best_of_its_sweep(results):
+    import lr_test
+
+    runs = [{"suggestion": rate, "updates": 98} for rate in (1e-3, 4e-3)]
+    classic = [{"lowest / 10": 1e-2, "steepest": 1e-4}] * 2
+    entry = {"task": "lm", "optimizer": "swan", "best": 1e-3, "sweep": [(1e-3, 1.5), (1e-2, 2.0)], "runs": runs}
+    found = lr_test.table({"lm swan": {**entry, "classic": classic}})
+    assert cells(found, "lm")[1:] == ["SWAN", "0.001: 1.5, 0.01: 2", "0.001", "0.001, 0.004", "2", "10", "0.1"]
+    assert not lr_test.is_close(entry)
+    assert lr_test.is_close({**entry, "runs": runs[:1]})
+
+
+def test_the_classic_range_test_takes_the_lowest_and_the_steepest_place_of_a_smoothed_loss(results):
+    import lr_test
+
+    class Falling:
+        """A loss that falls fastest at one place and diverges later."""
+
+        def __len__(self):
+            return lr_test.RAMP
+
+        def run(self, rates, is_over):
+            losses = []
+            for index in range(len(rates)):
+                losses.append(3.0 - (index > 40) * min(1.0, 0.5 * (index - 40)) + 100.0 * (index > 70))
+                if is_over(losses):
+                    break
+            return losses
+
+    found = lr_test.classic(Falling())
+    rate = lambda index: 10.0 ** (-6 + 6 * index / (lr_test.RAMP - 1))  # noqa: E731
+    assert found["lowest / 10"] == pytest.approx(rate(70) / 10)
+    assert found["steepest"] == pytest.approx(rate(41))

@@ -106,7 +106,7 @@ def test_report_writes_page_and_markdown(saved, tmp_path, monkeypatch):
 
 # ---- what every command does ----
 
-COMMANDS = ("run", "list", "memory", "report", "compare", "push", "env")
+COMMANDS = ("run", "lr", "list", "memory", "report", "compare", "push", "env")
 TORCH_FREE = """
 import sys
 from typer.testing import CliRunner
@@ -130,6 +130,7 @@ def test_every_command_has_its_version(command):
         ["list"],
         ["env"],
         ["run", "--help"],
+        ["lr", "--help"],
         ["report", "HERE"],
         ["compare", "HERE", "HERE"],
         ["report", "HERE", "--markdown"],

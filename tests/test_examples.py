@@ -27,30 +27,51 @@ def examples(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_demo_prints_its_table_and_writes_what_it_names(examples, monkeypatch, capsys):
+def test_demo_prints_its_tables_and_writes_what_it_names(examples, monkeypatch, capsys, caplog):
     import demo
 
     monkeypatch.setattr(demo, "PRETRAIN_STEPS", 3)
     monkeypatch.setattr(demo, "FINETUNE_STEPS", 4)
+    monkeypatch.setattr(demo, "LOG_EVERY", 1)
     demo.main()
-    shown = capsys.readouterr().out
-    rows = re.findall(
-        r"^(pre-train on Python code|LoRA on documentation) +(\w+) +([\d.]+) -> ([\d.]+) +([\d,]+)", shown, re.M
-    )
-    assert [row[:2] for row in rows] == [
-        ("pre-train on Python code", "sgd_sai"),
-        ("pre-train on Python code", "adamw_torch"),
-        ("LoRA on documentation", "sgd_sai"),
-        ("LoRA on documentation", "adamw_torch"),
+    shown = capsys.readouterr().out.partition("=" * 80)[2]
+    row = r"^  (\S.*?) +lr ([\d.]+) +([\d.]+) -> ([\d.]+) +([\d,]+) +(\d+)% +\d+(?:  ([\d.]+) (higher|lower))?$"
+    rows = re.findall(row, shown, re.M)
+    assert [(found[0], float(found[1]), int(found[5])) for found in rows] == [
+        ("AdamW", 0.001, 100),
+        ("SWAN", 0.001, 8),
+        ("SGD-SaI", 0.01, 50),
+        ("AdamW", 0.01, 100),
+        ("SWAN", 0.003, 46),
+        ("SGD-SaI, paired", 0.01, 50),
     ]
-    sizes = [int(row[4].replace(",", "")) for row in rows]
-    assert [round(sizes[1] / sizes[0], 2), round(sizes[3] / sizes[2], 2)] == [2.0, 2.0]
-    assert rows[2][2] == rows[3][2]  # both adapters start from the same model
+    assert len({found[2] for found in rows[3:]}) == 1  # all adapters start from the same model
+    for found, adamw in zip(rows, [rows[0]] * 3 + [rows[3]] * 3, strict=True):
+        if found is not adamw:
+            gap = float(found[3]) - float(adamw[3])
+            assert float(found[6]) == pytest.approx(abs(gap), abs=2e-3)
+            assert found[7] == ("higher" if gap > 0 else "lower") or abs(gap) < 2e-3
     assert "28 of 28 lora_A moved (measured at step 2); 28 of 28 lora_B moved (measured at step 1)" in shown
     folder = examples / "demo_output" / "lora_sgd_sai"
     for name in ("gsnr_report.json", "gsnr_report.png", "README.md", "adapter_model.safetensors", "tokenizer.json"):
         assert (folder / name).is_file()
-    assert max(len(line) for line in shown.splitlines() if line.startswith(("pre-train", "LoRA on"))) <= 80
+    assert (examples / "demo_output" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert max(len(line) for line in shown.splitlines() if "lora_A" not in line) <= 80
+    assert "seems to diverge" not in caplog.text
+
+
+def test_demo_says_when_to_take_which_from_the_figures(examples):
+    import demo
+
+    def row(optim, after, state, options=None):
+        return {"optim": optim, "optim_args": options, "after": after, "state_bytes": state}
+
+    rows = [row("adamw_torch", 2.0, 200), row("swan", 1.9, 16), row("sgd_sai", 2.04, 100, "lora_policy=paired")]
+    assert list(demo.advice([*rows, row("sgd_sai", 2.3, 100)])) == [
+        "  SWAN: take it (loss 0.100 lower, 8% of state)",
+        "  SGD-SaI, paired: take it if memory counts (loss 0.040 higher, 50% of state)",
+        "  SGD-SaI: only if memory decides (loss 0.300 higher, 50% of state)",
+    ]
 
 
 def test_finetune_script_takes_a_model_a_data_set_and_trainer_flags(examples):
@@ -79,6 +100,7 @@ def test_finetune_script_takes_a_model_a_data_set_and_trainer_flags(examples):
     assert (report["options"]["momentum"], report["options"]["normalize"]) == (0.5, "max")
     assert report["run"]["seed"] == 7
     assert "Held-out loss" in done.stdout
+    assert "seems to diverge" not in done.stderr
 
 
 def test_finetune_script_refuses_a_typing_error(examples):
@@ -120,6 +142,7 @@ def script(name, flags, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "seems to diverge" not in done.stderr
     return done.stdout
 
 

@@ -101,13 +101,13 @@ def check(folder, script, optim, peft):
         assert {"LoRA B"} < reasons if peft else {"linear layer", "embedding"} <= reasons
 
 
-def run_here(folder, arguments):
-    """`hf-sai run` in this process, for a fork."""
+def run_here(folder, arguments, name="run"):
+    """`hf-sai run`, or another command, in this process, for a fork."""
     os.chdir(folder)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    app(["run", *arguments], prog_name="hf-sai")
+    app([name, *arguments], prog_name="hf-sai")
 
 
 @pytest.mark.timeout(120)
@@ -124,6 +124,19 @@ def test_a_script_trains_with_the_optimizer_of_its_option(processes, files, tmp_
     assert "Training completed" in output
     assert output.count("which is made for Adam; sgd_sai needs another") == (optim == "sgd_sai")
     check(tmp_path, script, optim, peft)
+
+
+@pytest.mark.timeout(120)
+def test_a_learning_rate_is_found_in_the_place_of_a_scripts_training(processes, files, tmp_path):
+    arguments = ["--updates", "6", *command(files, "sft", "sgd_sai", "lora_policy=paired", peft=True)]
+    process = processes.Process(target=run_here, args=(tmp_path, arguments, "lr"))
+    process.start()
+    process.join(100)
+    output = (tmp_path / "output.txt").read_text()
+    assert process.exitcode == 0, output
+    assert "Try learning_rate=" in output
+    assert "Training completed" not in output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lr_test.png"]
 
 
 @pytest.mark.timeout(150)

@@ -8,6 +8,7 @@ given.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -58,6 +59,42 @@ def unwatch_trainings() -> None:
         for cls, name, method in _places(sys.modules[_MODULE]):
             if hasattr(method, "_watches"):
                 setattr(cls, name, method.__wrapped__)
+
+
+@contextlib.contextmanager
+def replaced_trainings(instead: Callable[[Any], None]) -> Iterator[None]:
+    """
+    While it is open, the first `train()` of a Trainer calls this function with the Trainer, and does not train; what
+    the function itself has trained, is trained. The host is not imported for it.
+
+    Args:
+        instead (callable): Called once.
+    """
+    undo: list[Callable[[], None]] = []
+    begun: list[bool] = []
+
+    def replace(module: ModuleType) -> None:
+        original = module.Trainer.train
+
+        @functools.wraps(original)
+        def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            if begun:
+                return original(trainer, *args, **kwargs)
+            begun.append(True)
+            return instead(trainer)
+
+        module.Trainer.train = train
+        undo.append(lambda: setattr(module.Trainer, "train", original))
+
+    if _MODULE in sys.modules:
+        replace(sys.modules[_MODULE])
+    else:
+        wrapt.register_post_import_hook(replace, _MODULE)
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()
 
 
 def trainings_are_watched() -> bool:

@@ -1,4 +1,4 @@
-"""The command line: `hf-sai run`, `list`, `memory`, `report`, `compare`, `push`, `env`."""
+"""The command line: `hf-sai run`, `lr`, `list`, `memory`, `report`, `compare`, `push`, `env`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import typer
 from trainer_patches.compat import version_of
 
 from .env import env as _env
+from .lr import HELP as LR_HELP
+from .lr import lr as _lr
 from .memory import memory as _memory
 from .push import push
 from .report import compare as _compare
@@ -104,7 +106,9 @@ def _wrapped(text: str, indent: str) -> str:
 
 
 # Options end at the script's path: what comes after is not looked at.
-app.command(name="run", help=HELP, context_settings={"allow_interspersed_args": False})(_with_version(_run))
+for _name, _help, _starts in (("run", HELP, _run), ("lr", LR_HELP, _lr)):
+    _settings = {"allow_interspersed_args": False}
+    app.command(name=_name, help=_help, context_settings=_settings)(_with_version(_starts))
 for _name, _command in (
     ("list", list_optimizers),
     ("memory", _memory),

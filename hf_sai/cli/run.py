@@ -8,9 +8,10 @@ import os
 import pkgutil
 import runpy
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType, ModuleType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 
@@ -44,6 +45,16 @@ Processes that the script starts itself know the optimizers too (HF_SAI_CHILDREN
 """
 
 
+class StandIn(Protocol):
+    """What takes the place of something in a script while that runs."""
+
+    def installed(self) -> AbstractContextManager[None]:
+        """While it is open, it is there."""
+
+    def check_used(self) -> None:
+        """Ends the process where the script has ended well without it."""
+
+
 @dataclass(frozen=True)
 class Script:
     """
@@ -53,13 +64,13 @@ class Script:
         target (`str`): Path of a script, or name of a module.
         arguments (`list[str]`): The script's own.
         is_module (`bool`): Whether `target` is a module's name.
-        replacement (`Replacement`, *optional*): What stands in for its AdamW.
+        replacement (`StandIn`, *optional*): What stands in for its AdamW, or for its training.
     """
 
     target: str
     arguments: list[str]
     is_module: bool
-    replacement: Replacement | None = None
+    replacement: StandIn | None = None
 
 
 class ScriptRequest(BaseException):

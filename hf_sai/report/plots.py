@@ -190,6 +190,47 @@ def _history_figure(report: ReportData) -> Figure:
     return figure
 
 
+def lr_test_png(found: Any) -> bytes:
+    """The trials of a [`hf_sai.lr_test.LRTest`] as PNG, 1100 pixels wide."""
+    return _png(_lr_test_figure, found)
+
+
+def _lr_test_figure(found: Any) -> Figure:
+    """Every trial's losses; and what each rate ended at, with the suggestion."""
+    figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
+    curves, ends = figure.subplots(1, 2)
+    colours = matplotlib.colormaps["viridis_r"]
+    usual = [loss for trial in found.trials if trial.last for loss in trial.losses] or [0.0, 1.0]
+    margin = 0.1 * (max(usual) - min(usual)) or 0.1
+    for index, trial in enumerate(found.trials):
+        label = f"{trial.learning_rate:.2g}" + ("" if trial.last else ", diverged")
+        colour = colours((index + 1) / len(found.trials))
+        curves.plot(range(1, len(trial.losses) + 1), trial.losses, color=colour, label=label, marker=".")
+    curves.set_ylim(min(usual) - margin, max(usual) + margin)
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.set_xlabel("update")
+    curves.set_ylabel("loss of its batches, before it")
+    curves.legend(title="learning rate", fontsize=8, frameon=False)
+    ended = [trial for trial in found.trials if trial.last]
+    x = [trial.learning_rate for trial in ended]
+    ends.plot(x, [trial.score for trial in ended], color=POINT_COLOUR, marker="o")
+    for trial in found.trials:
+        if not trial.last:
+            ends.axvline(trial.learning_rate, color=FALLBACK_COLOUR, lw=1, ls=":", label="diverged")
+    ends.axvline(found.given, color="#888888", lw=1, ls="--", label=f"yours: {found.given:g}")
+    if found.suggestion is not None:
+        ends.axvline(found.suggestion, color=ADAM_COLOUR, lw=2, label=f"suggestion: {found.suggestion:g}")
+    handles = dict(zip(*reversed(ends.get_legend_handles_labels()), strict=True))
+    ends.legend(handles.values(), handles.keys(), fontsize=9, frameon=False)
+    ends.set_xscale("log")
+    ends.set_xlabel("learning rate")
+    ends.set_ylabel("mean loss of the last updates")
+    figure.suptitle(f"{found.optimizer}: short trainings from one start", fontsize=12, x=0.01, ha="left")
+    for axes in (curves, ends):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _draw_cells(figure: Figure, axes: Any, report: ReportData, cells: Cells, kinds: list[str], hidden: int) -> None:
     layers = layers_of(report.tensors)
     quantity = quantity_of(report)
