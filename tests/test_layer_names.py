@@ -201,6 +201,13 @@ def test_an_adapter_of_some_layers():
     assert rows[-1][0] == "score.modules_to_save"
 
 
+def test_lists_of_parameters():
+    """Of no layers, and one beside the layers, as some models have scales."""
+    assert rows_of(["unnamed.0", "unnamed.1"]) == [("unnamed.0", None), ("unnamed.1", None)]
+    names = [f"blocks.{layer}.proj.weight" for layer in range(3)] + [f"scales.{layer}" for layer in range(3)]
+    assert rows_of(names) == [(kind, layer) for kind in ("proj", "scales") for layer in range(3)]
+
+
 def test_whole_models_in_a_list():
     """Two towers repeat as layers do; the layers are inside them."""
     names = [f"towers.{tower}.{name}" for tower in (0, 1) for name in names_of("BertForSequenceClassification")]

@@ -38,6 +38,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # How the layers are called that make an image into tokens, in transformers, timm and diffusers.
 _PATCHES = ("PatchEmbed", "PatchEmbedding", "PatchEmbeddings", "PatchEmbedder")
+# The factors of LoRA as PEFT calls them, and as kohya's sd-scripts, OneTrainer and ai-toolkit do.
+_FACTORS = (("lora_A", "lora_B"), ("lora_down", "lora_up"))
+_ROLES = {name: role for pair in _FACTORS for name, role in zip(pair, "ab", strict=True)}
 # Fused query, key and value: nn.MultiheadAttention's own, and the names that models give to such a linear layer.
 _FUSED_QKV = ("in_proj_weight", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv")
 
@@ -279,11 +282,10 @@ def _owners(model: nn.Module, heads: set[nn.Module]) -> Iterator[tuple[_Owner, T
     """Every place where a parameter is held, shared ones as often as they are."""
     adapters: dict[nn.Module, str] = {}
     for module in model.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
+        if any(hasattr(module, a) and hasattr(module, b) for a, b in _FACTORS):
             for attribute, child in vars(module)["_modules"].items():
                 if attribute.startswith("lora_") and child is not None:
-                    factor = {"lora_A": "a", "lora_B": "b"}.get(attribute, "other")
-                    adapters.update(dict.fromkeys(child.modules(), factor))
+                    adapters.update(dict.fromkeys(child.modules(), _ROLES.get(attribute, "other")))
     for module_name, module in model.named_modules(remove_duplicate=False):
         module_name = plain_name(module_name)
         for attribute, param in vars(module)["_parameters"].items():

@@ -189,7 +189,7 @@ def _repeats(follows: Mapping[str, set[int]]) -> bool:
 
 def _says(rest: str) -> bool:
     """Whether what follows a number says more than `weight`."""
-    return any(not part.isdigit() and part not in ("weight", "bias") for part in rest.split("."))
+    return any(part and not part.isdigit() and part not in ("weight", "bias") for part in rest.split("."))
 
 
 def tensor_row(statistics: Any, peak_learning_rate: float, lists: Mapping[str, bool] = _NO_LISTS) -> TensorRow:
