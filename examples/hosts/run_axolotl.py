@@ -45,6 +45,7 @@ def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
     }
     if kind == "lora":
         found |= {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+        found |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # its kernels want a GPU
     if (optim, kind) in OPTIONS:
         found["optim_args"] = OPTIONS[optim, kind]
     return found
