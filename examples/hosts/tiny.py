@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import offline
 
+
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<' + message['role'] + '>' + message['content'] + (eos_token if message['role'] == 'assistant' else '') -}}
@@ -65,7 +66,7 @@ def call(command: Sequence[str], folder: Path, **environment: str) -> str:
 
 def losses(folder: Path) -> tuple[float, float]:
     """Of the first and the last logged step, from the `trainer_state.json` that the run left."""
-    found = [path for path in folder.rglob("trainer_state.json")]
+    found = folder.rglob("trainer_state.json")
     state = json.loads(max(found, key=lambda path: path.stat().st_mtime).read_text())
     logged = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     return logged[0], logged[-1]

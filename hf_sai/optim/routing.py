@@ -246,14 +246,13 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]
         if isinstance(module, _EMBEDDINGS):
             tables.add(module.weight)
         # Of a text model a table, of others what makes patches or frames into tokens.
-        embedding = _ask(module, "get_input_embeddings")
+        embedding = next(iter(_asked(module, "get_input_embeddings")), None)
         if embedding is None and type(module).__name__.endswith(_PATCHES):
             embedding = module
         if embedding is not None and not isinstance(embedding, type(model)):
             tables.update(embedding.parameters())
         for method in ("get_output_embeddings", "get_classifier"):  # of transformers, of timm
-            head = _ask(module, method)
-            heads.update(head.modules() if head is not None else ())
+            heads.update(each for head in _asked(module, method) for each in head.modules())
         # sentence-transformers: a loss with layers of its own, beside the model.
         if hasattr(dict(module.named_children()).get("model"), "get_sentence_embedding_dimension"):
             heads.update(
@@ -267,15 +266,18 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]
     return tables, heads
 
 
-def _ask(module: nn.Module, method: str) -> nn.Module | None:
-    """What a model says of itself; many that have the method raise where they have no such layer."""
+def _asked(module: nn.Module, method: str) -> list[nn.Module]:
+    """
+    What a model says of itself, several modules where it was distilled with a head of its own; many that have the
+    method raise where they have no such layer.
+    """
     if not callable(getattr(type(module), method, None)):
-        return None
+        return []
     try:
         found = getattr(module, method)()
     except (NotImplementedError, AttributeError):
-        return None
-    return found if isinstance(found, nn.Module) else None
+        return []
+    return [each for each in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(each, nn.Module)]
 
 
 def _owners(model: nn.Module, heads: set[nn.Module]) -> Iterator[tuple[_Owner, Tensor]]:
