@@ -187,6 +187,15 @@ def test_sentence_transformers_of_a_family(model, dense):
     assert rows[len(names) :] == [("linear", None), ("linear.bias", None)] * dense
 
 
+def test_a_model_with_fewer_layers_than_modules_beside_it():
+    blocks = [
+        f"model.0.model.encoder.layer.{layer}.{part}.weight" for layer in range(2) for part in ("query", "value")
+    ]
+    modules = [f"model.{index}.linear.weight" for index in (2, 3, 4)]
+    expected = [(part, layer) for layer in range(2) for part in ("query", "value")] + [("linear", None)] * 3
+    assert rows_of(blocks + modules) == expected
+
+
 def test_an_adapter_of_some_layers():
     """LoRA on two of 32 layers, and a head that PEFT saves whole."""
     names = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -116,13 +117,14 @@ def lists_in(names: Iterable[str]) -> dict[str, bool]:
     that stand in a list (`towers.0.encoder.layer.3`) repeat too; their layers are inside them. Where there is one
     number only nothing is said.
     """
-    found: dict[str, dict[str, set[int]]] = {}  # by what precedes, what follows, and the numbers between
+    # By what precedes and what follows: how many names have which number between.
+    found: dict[str, dict[str, Counter[int]]] = {}
     for name in names:
         parts = _parts(name)
         for index in _numbers(parts):
             follows = found.setdefault(".".join(parts[:index]), {})
             rest = ".".join("0" if part.isdigit() else part for part in parts[index + 1 :])  # stages differ in depth
-            follows.setdefault(rest, set()).add(int(parts[index]))
+            follows.setdefault(rest, Counter())[int(parts[index])] += 1
     numbers = {before: set().union(*follows.values()) for before, follows in found.items()}
     lists = {before: _repeats(found[before]) for before, its in numbers.items() if len(its) > 1}
     for before in [each for each, repeats in lists.items() if repeats and not _LIST.search(each)]:
@@ -181,10 +183,10 @@ def _is_layers(before: str, lists: Mapping[str, bool]) -> bool:
     return lists.get(before, bool(_LIST.search(before)))
 
 
-def _repeats(follows: Mapping[str, set[int]]) -> bool:
+def _repeats(follows: Mapping[str, Counter[int]]) -> bool:
     """Whether most of what stands under some numbers stands under several of them, and says something."""
-    counts = [len(numbers) for rest, numbers in follows.items() if _says(rest)]
-    return 2 * sum(count for count in counts if count > 1) > sum(counts)
+    counts = [(numbers.total(), len(numbers) > 1) for rest, numbers in follows.items() if _says(rest)]
+    return 2 * sum(count for count, several in counts if several) > sum(count for count, _ in counts)
 
 
 def _says(rest: str) -> bool:
