@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-deepspeed | test-oldest | bench-quick | style | quality | docs | dist, each building .venv first where it
+# make demo | test | test-fast | test-deepspeed | test-oldest | hosts | bench-quick | style | quality | docs | dist, each building .venv first where it
 # is missing or older than what it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Tests side by side; each uses about 1.5 GB at most.
 WORKERS := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-fast test-deepspeed test-oldest bench-quick style quality docs dist clean
+.PHONY: demo test test-fast test-deepspeed test-oldest hosts bench-quick style quality docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,18 @@ test-deepspeed: $(READY)
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest $(WORKERS)
+
+# Other programs, each in an environment of its own: docs/hosts.md.
+HOSTS := llamafactory msswift axolotl
+hosts: $(HOSTS:%=.venv-hosts/%/.ran)
+
+.venv-hosts/%/.ready: examples/hosts/%.txt examples/hosts/install.sh
+	PYTHON=$(PYTHON) examples/hosts/install.sh $* .venv-hosts/$*
+	touch $@
+
+.venv-hosts/%/.ran: .venv-hosts/%/.ready
+	.venv-hosts/$*/bin/python examples/hosts/run_$*.py .venv-hosts/$*/runs
+	touch $@
 
 bench-quick: $(READY)
 	$(BIN)/python benchmarks/quick.py
@@ -59,4 +71,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest demo_output dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-hosts demo_output dist site .pytest_cache .mypy_cache .ruff_cache

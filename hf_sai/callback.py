@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import math
@@ -15,12 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trainer_patches import trainings_are_watched
+from trainer_patches import finish_own_cards, trainings_are_watched
 from trainer_patches.compat import trains_loaded_weights
 
 from .config import SaIConfig
 from .divergence import DivergenceWatch
 from .files import warning_instead
+from .hub.card import finish_card
 from .hub.host_lines import is_repo_id
 from .keeper import FILES, ReportKeeper
 from .live import (
@@ -92,6 +94,8 @@ class GSNRCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks the optimizer and the learning rate before the first step."""
+        if not hasattr(kwargs.get("model"), "named_parameters"):  # SetFit hands on its own model, which is no module
+            kwargs["model"] = getattr(self.trainer, "model", None)
         live, model = unwrap_optimizer(kwargs.get("optimizer")), kwargs.get("model")
         if not trainings_are_watched():  # a version of the host that is not known
             begin_training(args, model, kwargs.get("optimizer"))
@@ -195,9 +199,13 @@ class GSNRCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draws what has changed since the last picture."""
-        if state.is_world_process_zero:
-            self.write(args.output_dir, args.output_dir)
+        """Draws what has changed since the last picture; the cards that a model writes of itself get the section."""
+        if not state.is_world_process_zero:
+            return
+        self.write(args.output_dir, args.output_dir)
+        if self.report is not None and self.config.sai_report:
+            for model in (kwargs.get("model"), getattr(self.trainer, "model", None)):
+                finish_own_cards(model, functools.partial(finish_card, report=self.report))
 
     def write(self, directory: str | Path, output_dir: str | Path) -> None:
         """

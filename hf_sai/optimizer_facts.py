@@ -16,6 +16,8 @@ from typing import Any
 
 
 ADAM = "adam"  # the route of what goes to Adam
+# What torch's wrappers put into names; none is a name that a model gives.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 # A's learning rate as a multiple of B's, in LoRA's pairs (`hf_sai.optim.lora_pairs`). 0.1, 0.3 and 1 were tried on
 # seed 0 at r = 4; docs/lora.md has 0.3 beside 1.
 A_RATE = 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -74,11 +75,74 @@ def test_numbers_come_as_text_and_tensors_of_one_element(cls):
         (SWAN, {"betas": "(0.9, 0.95)"}, {"betas": (0.9, 0.95)}),
         (SWAN, {"betas": [0.9, 0.95]}, {"betas": (0.9, 0.95)}),
         (SWAN, {"ns_steps": "none", "max_batch_bytes": "None"}, {"ns_steps": None, "max_batch_bytes": None}),
+        # what parsers of other hosts make: words for flags, other cases, floats for whole numbers, quotes in quotes
+        (SGDSaI, {"maximize": "True", "kahan_sum": "false"}, {"maximize": True, "kahan_sum": False}),
+        (SGDSaI, {"normalize": "None", "measure_steps": 2.0}, {"normalize": "none", "measure_steps": 2}),
+        (SGDSaI, {"lora_policy": None}, {"lora_policy": "plain", "paired": False}),
+        (SGDSaI, {"lora_policy": "none"}, {"lora_policy": "plain", "paired": False}),
+        (SWAN, {"stochastic_rounding": "true", "maximize": "0"}, {"stochastic_rounding": True, "maximize": False}),
+        (SWAN, {"ns_beta": "none", "ns_steps": 4.0}, {"ns_beta": None, "ns_steps": 4}),
     ],
 )
 def test_options_of_hosts_that_take_a_class_by_its_path(cls, options, expected):
     group = cls([weight()], **options).param_groups[0]
     assert {name: group[name] for name in expected} == expected
+
+
+@BOTH
+def test_numpys_numbers_become_plain_ones(cls, tmp_path):
+    """A checkpoint with one of them is refused by `torch.load`, which takes plain values only."""
+    whole = {SGDSaI: "measure_steps", SWAN: "ns_steps"}[cls]
+    options = {name: np.float64(0.5) for name in NUMBERS[cls]} | {whole: np.int64(2), "maximize": np.bool_(True)}
+    if cls is SWAN:
+        options["betas"] = (np.float32(0.5), np.float64(0.5))
+    optimizer = cls([{"params": [weight()], "lr": np.float32(0.25)}], **options)
+    group = optimizer.param_groups[0]
+    assert {name: group[name] for name in options} == {
+        **options,
+        "lr": 0.25,
+        **({"betas": (0.5, 0.5)} if cls is SWAN else {}),
+    }
+    assert {type(group[name]) for name in NUMBERS[cls]} == {float}
+    assert (type(group[whole]), type(group["maximize"])) == (int, bool)
+    optimizer.param_groups[0]["params"][0].grad = torch.randn(2, 3)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0][whole] == 2
+
+
+def test_pairs_by_a_quoted_word_are_pairs():
+    pair = [nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.zeros(7, 2))]
+    (group,) = SGDSaI(pair, lora_policy="'paired'").param_groups
+    assert (group["paired"], group["lora_policy"]) == (True, "paired")
+
+
+def test_a_report_by_its_place_is_refused_in_words(tmp_path):
+    named = [("a", weight())]
+    assert SGDSaI(named, gsnr="none").param_groups[0].get("gsnr_given") is None
+    for place in ("user/repository", tmp_path):
+        with pytest.raises(ValueError, match=r"gsnr of SGDSaI must be the rows of a report but is .*from_pretrained"):
+            SGDSaI(named, gsnr=place)
+
+
+@pytest.mark.parametrize("name", ["lora_whitening", "lora_policy", "split_qkv", "target_modules"])
+def test_a_choice_that_needs_the_model_is_refused_in_words(name):
+    with pytest.raises(ValueError, match=rf"{name} of SWAN is a choice of groups.*create_optimizer"):
+        SWAN([weight()], **{name: "both"})
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, nn.Conv2d])
+def test_factors_of_lora_by_kohyas_names(cls):
+    """sd-scripts, OneTrainer and ai-toolkit have `lora_down` and `lora_up` for PEFT's `lora_A` and `lora_B`."""
+    layer = nn.Module()
+    size = (1,) if cls is nn.Conv2d else ()
+    layer.lora_down, layer.lora_up = cls(6, 2, *size), cls(2, 5, *size)
+    model = nn.ModuleDict({"lora": layer})
+    routes = {row.name: (row.route, row.reason) for row in hf_sai.optim.route_parameters(model, lora_policy="b_only")}
+    assert routes["lora.lora_down.weight"] == ("adam", "LoRA A, by lora_whitening=b_only")
+    assert routes["lora.lora_up.weight"][0] != "adam"
+    if cls is nn.Linear:  # as PEFT's: rows are those of the rank
+        assert routes["lora.lora_up.weight"] == ("matrix, transposed", "LoRA B")
 
 
 @CLASSES

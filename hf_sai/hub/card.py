@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..files import write_whole
+from ..files import warning_instead, write_whole
 from ..optim.registry import get_record
 from ..report import GSNRReport
 from ..report.facts import shown
@@ -93,6 +93,14 @@ def update_card(
     artifact = read_artifact(path.parent, data.library_name, base_models, repo_id)
     content = _with_section(content, render_section(card_facts(report, artifact)))
     save_card(path, _stamped(content) if generated else content)
+
+
+def finish_card(path: Path, repo_id: str | None, report: GSNRReport) -> None:
+    """As [`update_card`] with a card that a model has just written of itself, with the report and its picture beside
+    it; what fails is a warning."""
+    with warning_instead(logger, f"{path} has no section about the optimizer; the model is not concerned."):
+        report.save(path.parent)
+        update_card(path, report, earlier="", repo_id=repo_id)
 
 
 def write_results(card: str | os.PathLike[str], results: Iterable[EvalResult]) -> None:
@@ -201,7 +209,9 @@ def keep_card(path: Path, before: bytes | None, report: GSNRReport | None, repo_
     if after is None or after == before:
         return
     of_ours = [BEGIN.encode() in each or _STAMP_START in each for each in (before or b"", after)]
-    if before is not None and of_ours != [True, False]:  # PEFT takes tags out of a card that is there, a person's too
+    written = of_ours[1] and is_generated(after.decode("utf-8"))  # with our section, by `finish_own_cards`
+    # PEFT takes tags out of a card that is there, a person's too.
+    if before is not None and of_ours != [True, False] and not (of_ours[0] and written):
         write_whole(path, before)
     elif report is not None and _FORM not in after:
         update_card(path, report, earlier=(before or b"").decode("utf-8"), repo_id=repo_id)

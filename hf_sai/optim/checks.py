@@ -58,6 +58,12 @@ def refuse_unknown(cls: type, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(cls).parameters.values()
     valid = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD and each.name != "params"]
     for name in options:
+        chosen = getattr(cls, "_chosen", ())
+        if chosen and name in (*chosen, "lora_policy"):
+            raise UnknownOptionError(
+                f"{name} of {cls.__name__} is a choice of groups, for which the model is needed, but {cls.__name__} "
+                f"was given tensors; build it with hf_sai.create_optimizer(..., model, {name}=...), or leave it out"
+            )
         close = difflib.get_close_matches(name, valid, n=1)
         hint = f"did you mean {close[0]}? " if close else "leave it out; "
         raise UnknownOptionError(
@@ -136,20 +142,20 @@ def to_source(value: Any) -> Any:
 def from_text(options: Mapping[str, Any], parsers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
     """
     Options with plain values in place of text, as hosts hand them on that take a class by its path (`"0.9"`,
-    `"none"`), and of tensors of one element. A learning rate stays a tensor: schedulers write into it.
+    `"none"`), of numpy's numbers, which a checkpoint could not be read with, and of tensors of one element. A learning
+    rate stays a tensor: schedulers write into it.
 
     Args:
         options (mapping): With or without each name of `parsers`; what can't be read stays, for a check to refuse.
-        parsers (mapping of `str` to callable): From text, `None` or a tensor to value, by name.
+        parsers (mapping of `str` to callable): From what a host gives to value, by name.
     """
     found = dict(options)
-    for name, parse in parsers.items():
-        value = found.get(name, 0)
+    for name in parsers.keys() & found.keys():
+        value = found[name]
         tensors = [each for each in (value if isinstance(value, (tuple, list)) else [value]) if hasattr(each, "numel")]
-        one = bool(tensors) and name != "lr" and all(each.numel() == 1 for each in tensors)
-        if value is None or isinstance(value, str) or one:
+        if not tensors or (name != "lr" and all(each.numel() == 1 for each in tensors)):
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                found[name] = parse(found[name])
+                found[name] = parsers[name](value)
     return found
 
 
@@ -158,12 +164,17 @@ def one_of(*choices: str) -> Callable[[Any], str]:
 
     def parse(value: Any) -> str:
         # A host that reads Python literals hands on "none" as None.
-        word = "none" if value is None else str(value).strip("'\"").removeprefix("torch.")
+        word = "none" if value is None else str(value).strip("'\"").removeprefix("torch.").lower()
         if word not in choices:
             raise ValueError
         return word
 
     return parse
+
+
+def none_is(meant: str, parse: Callable[[Any], str]) -> Callable[[Any], str]:
+    """As `parse`, and what is meant for `None` and `"none"`."""
+    return lambda value: meant if _is_none(value) else parse(value)
 
 
 def or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import sgd_options, swan_options
 from .base import name_writer
-from .checks import one_of, or_none, to_bool, to_float, to_int, to_pair, to_source
+from .checks import none_is, one_of, or_none, to_bool, to_float, to_int, to_pair, to_source
 from .groups import Group, plain_groups, sgd_sai_groups, swan_groups, swan_groups_of
 from .gsnr import NORMALIZATIONS
 from .layerwise import SGDSaILayerwise, SWANLayerwise
@@ -165,7 +165,13 @@ _SGD_SAI = OptimizerRecord(
         Option("stochastic_rounding", "true or false", to_bool, "of bf16 parameters"),
         Option("kahan_sum", "true or false", to_bool, "keep what rounding of bf16 and fp16 parameters loses"),
         Option("gsnr", "a report: file, folder or Hub repository", to_source, "take scales, measure nothing"),
-        Option("lora_policy", " or ".join(PAIR_POLICIES), one_of(*PAIR_POLICIES), "LoRA factors as pairs", True),
+        Option(
+            "lora_policy",
+            " or ".join(PAIR_POLICIES),
+            none_is("plain", one_of(*PAIR_POLICIES)),
+            "LoRA factors as pairs",
+            True,
+        ),
     ),
     paper="2412.11768",
     learning_rate_hint=(

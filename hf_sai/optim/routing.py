@@ -38,6 +38,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # How the layers are called that make an image into tokens, in transformers, timm and diffusers.
 _PATCHES = ("PatchEmbed", "PatchEmbedding", "PatchEmbeddings", "PatchEmbedder")
+# The factors of LoRA as PEFT calls them, and as kohya's sd-scripts, OneTrainer and ai-toolkit do.
+_FACTORS = (("lora_A", "lora_B"), ("lora_down", "lora_up"))
+_ROLES = {name: role for pair in _FACTORS for name, role in zip(pair, "ab", strict=True)}
 # Fused query, key and value: nn.MultiheadAttention's own, and the names that models give to such a linear layer.
 _FUSED_QKV = ("in_proj_weight", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv")
 
@@ -243,14 +246,13 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]
         if isinstance(module, _EMBEDDINGS):
             tables.add(module.weight)
         # Of a text model a table, of others what makes patches or frames into tokens.
-        embedding = _ask(module, "get_input_embeddings")
+        embedding = next(iter(_asked(module, "get_input_embeddings")), None)
         if embedding is None and type(module).__name__.endswith(_PATCHES):
             embedding = module
         if embedding is not None and not isinstance(embedding, type(model)):
             tables.update(embedding.parameters())
         for method in ("get_output_embeddings", "get_classifier"):  # of transformers, of timm
-            head = _ask(module, method)
-            heads.update(head.modules() if head is not None else ())
+            heads.update(each for head in _asked(module, method) for each in head.modules())
         # sentence-transformers: a loss with layers of its own, beside the model.
         if hasattr(dict(module.named_children()).get("model"), "get_sentence_embedding_dimension"):
             heads.update(
@@ -264,26 +266,28 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]
     return tables, heads
 
 
-def _ask(module: nn.Module, method: str) -> nn.Module | None:
-    """What a model says of itself; many that have the method raise where they have no such layer."""
+def _asked(module: nn.Module, method: str) -> list[nn.Module]:
+    """
+    What a model says of itself, several modules where it was distilled with a head of its own; many that have the
+    method raise where they have no such layer.
+    """
     if not callable(getattr(type(module), method, None)):
-        return None
+        return []
     try:
         found = getattr(module, method)()
     except (NotImplementedError, AttributeError):
-        return None
-    return found if isinstance(found, nn.Module) else None
+        return []
+    return [each for each in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(each, nn.Module)]
 
 
 def _owners(model: nn.Module, heads: set[nn.Module]) -> Iterator[tuple[_Owner, Tensor]]:
     """Every place where a parameter is held, shared ones as often as they are."""
     adapters: dict[nn.Module, str] = {}
     for module in model.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
+        if any(hasattr(module, a) and hasattr(module, b) for a, b in _FACTORS):
             for attribute, child in vars(module)["_modules"].items():
                 if attribute.startswith("lora_") and child is not None:
-                    factor = {"lora_A": "a", "lora_B": "b"}.get(attribute, "other")
-                    adapters.update(dict.fromkeys(child.modules(), factor))
+                    adapters.update(dict.fromkeys(child.modules(), _ROLES.get(attribute, "other")))
     for module_name, module in model.named_modules(remove_duplicate=False):
         module_name = plain_name(module_name)
         for attribute, param in vars(module)["_parameters"].items():

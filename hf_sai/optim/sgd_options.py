@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from .checks import (
     check_number,
     check_share,
     check_whole,
+    none_is,
     one_of,
     or_none,
     to_bool,
     to_float,
     to_int,
+    to_source,
 )
 from .gsnr import NORMALIZATIONS
 from .lora_pairs import PAIR_POLICIES
@@ -36,11 +39,29 @@ def dtype_name(dtype: Any) -> Any:
 FROM_TEXT = {
     **dict.fromkeys(("lr", "momentum", "weight_decay", "eps"), to_float),
     **dict.fromkeys(("foreach", "fused"), or_none(to_bool)),
+    **dict.fromkeys(("maximize", "stochastic_rounding", "kahan_sum"), to_bool),
     "normalize": one_of(*NORMALIZATIONS),
     "measure_steps": to_int,
     "state_dtype": or_none(one_of(*STATE_DTYPES)),
-    "lora_policy": one_of(*PAIR_POLICIES),
+    "lora_policy": none_is("plain", one_of(*PAIR_POLICIES)),
 }
+
+
+def rows_in(given: Any) -> list[Any] | None:
+    """
+    The rows that the option `gsnr` holds; `None` where it is not given, or `"none"`.
+
+    Raises:
+        `ValueError`: It says where a report is, which only those read that have a model.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        given = to_source(given)
+        if given is not None:
+            raise ValueError(
+                f"gsnr of SGDSaI must be the rows of a report but is {os.fspath(given)!r}; "
+                "hf_sai.GSNRReport.from_pretrained(...).tensors reads them"
+            )
+    return None if given is None else list(given)
 
 
 def check_options(options: dict[str, Any]) -> None:

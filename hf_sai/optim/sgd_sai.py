@@ -22,7 +22,7 @@ from .gsnr import GradientMoments
 from .lora_pairs import bounded_pairs, check_pairs, finite_norms, first_factor
 from .scales import SHARED, MeasuredScales
 from .sgd_batch import Batch, next_coefficients
-from .sgd_options import FROM_TEXT, SAVED_KEYS, STATE_DTYPES, check_options, dtype_name
+from .sgd_options import FROM_TEXT, SAVED_KEYS, STATE_DTYPES, check_options, dtype_name, rows_in
 from .sgd_update import update
 from .stall import loses_digits, peak_rate, warn_of_stall
 from .tensors import BLOCK_NUMEL, buffer_dtype, gradient_of, is_sharded, local, low_precision
@@ -166,16 +166,17 @@ class SGDSaI(MeasuredScales):
             "stochastic_rounding": stochastic_rounding,
             "kahan_sum": kahan_sum,
             # Of a group of LoRA factors, which hf_sai.param_groups makes; see hf_sai/optim/lora_pairs.py.
-            "paired": lora_policy == "paired",
             "lora_policy": lora_policy,
             # Not options, but they decide updates and so live where state_dict() saves them.
             **SHARED,
         }
         defaults = from_text(defaults, FROM_TEXT)
+        defaults["paired"] = defaults["lora_policy"] == "paired"
         check_options(defaults)
+        rows = rows_in(gsnr)
         super().__init__(params, defaults)
-        if gsnr is not None:
-            self._take_given(list(gsnr))
+        if rows is not None:
+            self._take_given(rows)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """

@@ -169,6 +169,7 @@ class SWAN(NamedOptimizer):
         }
         defaults = from_text(defaults, FROM_TEXT)
         check_options(defaults)
+        share_whitening = from_text({"share_whitening": share_whitening}, FROM_TEXT)["share_whitening"]
         check_flag("share_whitening", share_whitening)
         self.share_whitening = share_whitening  # no option of groups: it changes no update, and the ranks may differ
         super().__init__(params, defaults)

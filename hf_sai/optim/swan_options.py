@@ -13,6 +13,7 @@ from .checks import (
     check_whole,
     one_of,
     or_none,
+    to_bool,
     to_float,
     to_int,
     to_pair,
@@ -29,6 +30,8 @@ KINDS = ("auto", "swan", "adam")
 FROM_TEXT = {
     **dict.fromkeys(("lr", "scale", "adam_lr_ratio", "eps", "weight_decay", "momentum"), to_float),
     **dict.fromkeys(("ns_steps", "max_batch_bytes"), or_none(to_int)),
+    "ns_beta": or_none(to_float),
+    **dict.fromkeys(("maximize", "stochastic_rounding", "split_qkv", "share_whitening"), to_bool),
     "betas": to_pair,
     "whitening": one_of(*METHODS),
     "whitening_dtype": one_of(*WHITENING_DTYPES),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..optimizer_facts import WRAPPERS
 from .schema import LARGEST, SMALLEST
 
 
@@ -16,9 +18,10 @@ if TYPE_CHECKING:  # a report is read and shown without torch
     from torch import Tensor
 
 Row = TypeVar("Row", bound="TensorRow | RouteRow")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
 # Words that name a list of blocks: layers, conv_layers, layer1, blocks, transformer_blocks, resnets, h, ...
-_LIST = re.compile(r"(^|_|res)(layers?|blocks?|stages?|resnets|attentions|h)\d*$")
+_LIST = re.compile(r"(^|[._]|res)(layers?|blocks?|stages?|resnets|attentions|h)\d*$")
+# What says too little of a tensor outside the blocks without the word before it.
+_VAGUE = re.compile(r"\d+|weight|bias|lora_\w+|modules_to_save|base_layer|parametrizations|original\d*")
 _NO_LISTS: Mapping[str, bool] = MappingProxyType({})
 
 
@@ -107,21 +110,30 @@ class RouteRow:
 
 def lists_in(names: Iterable[str]) -> dict[str, bool]:
     """
-    What precedes the numbers in a model's names, and whether what stands there repeats.
+    What precedes the numbers in a model's names, and whether what stands there are its layers.
 
     Of `model.0.encoder.layer.3.query.weight` and its siblings `model.0.encoder.layer` repeats, while `model` does not:
-    `model.2.linear.weight` is something else. Where there is one number only nothing is said.
+    `model.2.linear.weight` is something else, and two of that kind among a hundred do not make it a list. Whole models
+    that stand in a list (`towers.0.encoder.layer.3`) repeat too; their layers are inside them. Where there is one
+    number only nothing is said.
     """
-    found: dict[str, dict[str, list[int]]] = {}  # by what precedes, what follows, and the numbers between
+    # By what precedes and what follows: how many names have which number between.
+    found: dict[str, dict[str, Counter[int]]] = {}
     for name in names:
-        parts = _bare(name).split(".")
+        parts = _parts(name)
         for index in _numbers(parts):
             follows = found.setdefault(".".join(parts[:index]), {})
-            follows.setdefault(".".join(parts[index + 1 :]), []).append(int(parts[index]))
-    lists = {}
+            rest = ".".join("0" if part.isdigit() else part for part in parts[index + 1 :])  # stages differ in depth
+            follows.setdefault(rest, Counter())[int(parts[index])] += 1
+    numbers = {before: set().union(*follows.values()) for before, follows in found.items()}
+    lists = {before: _repeats(found[before]) for before, its in numbers.items() if len(its) > 1}
+    for before in [each for each, repeats in lists.items() if repeats and not _LIST.search(each)]:
+        blocks = [each for each in lists if each.startswith(f"{before}.") and _LIST.search(each) and lists[each]]
+        lists[before] = max((len(numbers[each]) for each in blocks), default=0) <= len(numbers[before])
+    beside = {before.rpartition(".")[0]: numbers[before] for before, repeats in lists.items() if repeats}
     for before, follows in found.items():
-        if len({number for numbers in follows.values() for number in numbers}) > 1:
-            lists[before] = any(len(numbers) > 1 and _says(rest) for rest, numbers in follows.items())
+        if before in lists and not any(map(_says, follows)):  # norms of XLM's layers, in a list of their own
+            lists[before] = numbers[before] == beside.get(before.rpartition(".")[0])
     return lists
 
 
@@ -130,40 +142,56 @@ def split_name(name: str, lists: Mapping[str, bool] = _NO_LISTS) -> tuple[str, i
     Kind and layer of a parameter's name.
 
     `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` gives `("self_attn.q_proj.lora_A", 3)`. A
-    layer is the first number of what repeats; where that is not known, the first after a word such as `layers`.
+    layer is the first number of what repeats; where that is not known, the first after a word such as `layers`. What
+    has none stands outside the blocks.
 
     Args:
         name (`str`): In the model.
         lists (mapping, *optional*): Of all its names, by [`lists_in`].
     """
-    parts = _bare(name).split(".")
-    numbers = _numbers(parts)
-    repeats = (i for i in numbers if lists.get(".".join(parts[:i]), i > 0 and bool(_LIST.search(parts[i - 1]))))
-    layer = next(repeats, numbers[0] if numbers else None)
-    rest = parts if layer is None else parts[layer + 1 :]
-    if layer is not None and not (rest and _says(".".join(rest))):
-        rest, layer = parts, None  # a bare nn.Sequential: the number is all there is
+    parts = _parts(name)
+    at = next((index for index in _numbers(parts) if _is_layers(".".join(parts[:index]), lists)), None)
+    rest = parts if at is None else parts[at + 1 :]
+    if at is not None and not _says(".".join(rest)):
+        if lists.get(".".join(parts[:at])):
+            rest = [parts[at - 1], *rest] if at else parts
+        else:
+            rest, at = parts, None  # a bare nn.Sequential: the number is all there is
     if rest[-1] == "weight" and len(rest) > 1:
         rest = rest[:-1]
     rest = [part for part in rest if part != "default"] or rest  # the adapter's name, where it is PEFT's default
-    if layer is None:
-        rest = rest[-2:] if rest[-1] == "bias" or rest[-1].startswith("lora_") else rest[-1:]
-    return ".".join(rest), None if layer is None else int(parts[layer])
+    if at is None:
+        first = next((index for index in reversed(range(len(rest))) if not _VAGUE.fullmatch(rest[index])), 0)
+        rest = rest[first:]
+    return ".".join(rest), None if at is None else int(parts[at])
 
 
-def _bare(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+def _parts(name: str) -> list[str]:
+    """Without what wrappers put into it."""
+    bare = [part for part in name.split(".") if part not in WRAPPERS]
+    while bare[0] == "module" and len(bare) > 1:  # of DistributedDataParallel
+        bare = bare[1:]
+    return bare[2:] if bare[:2] == ["base_model", "model"] and len(bare) > 2 else bare
 
 
 def _numbers(parts: list[str]) -> list[int]:
     return [index for index, part in enumerate(parts) if part.isdigit()]
 
 
+def _is_layers(before: str, lists: Mapping[str, bool]) -> bool:
+    """Whether the numbers after it are layers: by what is known, else by its last word."""
+    return lists.get(before, bool(_LIST.search(before)))
+
+
+def _repeats(follows: Mapping[str, Counter[int]]) -> bool:
+    """Whether most of what stands under some numbers stands under several of them, and says something."""
+    counts = [(numbers.total(), len(numbers) > 1) for rest, numbers in follows.items() if _says(rest)]
+    return 2 * sum(count for count, several in counts if several) > sum(count for count, _ in counts)
+
+
 def _says(rest: str) -> bool:
     """Whether what follows a number says more than `weight`."""
-    return any(not part.isdigit() and part not in ("weight", "bias") for part in rest.split("."))
+    return any(part and not part.isdigit() and part not in ("weight", "bias") for part in rest.split("."))
 
 
 def tensor_row(statistics: Any, peak_learning_rate: float, lists: Mapping[str, bool] = _NO_LISTS) -> TensorRow:
