@@ -228,6 +228,15 @@ def test_what_changes_after_clipping_is_looked_at_again(change):
     assert not torch.equal(params[1], before[1])
 
 
+def test_gradients_without_a_version_are_clipped_as_ever():
+    param = nn.Parameter(torch.ones(4))
+    with torch.inference_mode():
+        param.grad = torch.full((4,), 3.0)
+        assert nn.utils.clip_grad_norm_([param], 1.0).item() == 6.0
+        assert finite.norm_with(param.grad) is None
+        torch.testing.assert_close(param.grad, torch.full((4,), 0.5))
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_clipping_to_a_norm_that_is_not_finite_moves_no_tensor_that_has_one(bad):
     params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (5,))]

@@ -24,8 +24,6 @@ from torch.nn.utils import clip_grad
 
 
 _guarded: weakref.WeakSet[Any] = weakref.WeakSet()
-# A norm, and the version that a gradient had then.
-_UNKNOWN: tuple[Tensor | None, int] = (None, -1)
 
 
 def guard(optimizer: Any) -> None:
@@ -56,8 +54,8 @@ def norm_with(gradient: Tensor) -> Tensor | None:
 
     Without dimensions, on the gradient's device; it may be that of many gradients.
     """
-    norm, version = getattr(gradient, "_norm_with", _UNKNOWN)
-    return norm if version == gradient._version else None
+    known: tuple[Tensor, int] | None = getattr(gradient, "_norm_with", None)  # with the version that it is of
+    return known[0] if known is not None and known[1] == gradient._version else None
 
 
 def _noting(total_norm: Callable[..., Tensor]) -> Any:
@@ -70,7 +68,7 @@ def _noting(total_norm: Callable[..., Tensor]) -> Any:
         # A DTensor would be read by a collective, and norms of order 0 and below are finite where a gradient is not.
         if not torch.compiler.is_compiling() and type(norm) is Tensor and float(norm_type) > 0.0:
             for tensor in tensors:
-                if tensor.device == norm.device:
+                if tensor.device == norm.device and not tensor.is_inference():  # these have no version
                     tensor._norm_with = (norm, tensor._version)
         return norm
 
