@@ -28,6 +28,7 @@ from .matrices import (
     batches_of,
     directions,
     move,
+    scaled,
     whiten,
 )
 from .precision import undisturbed
@@ -325,8 +326,8 @@ class SWAN(NamedOptimizer):
             whiten_shared(work)
         else:
             for batch in work:
-                updates, factors = whiten(batch)
-                move(batch, updates.unbind(0), factors)
+                updates, norms = whiten(batch)
+                move(batch, updates.unbind(0), norms)
         # On an accelerator all are counted; those that did not move are counted back when that is known.
         moved = [True] * len(states) if finite is None or finite.device.type != "cpu" else finite.tolist()
         for state, has_moved in zip(states, moved, strict=True):
@@ -392,8 +393,7 @@ def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
 def _directions_of(group: dict[str, Any], route: str, grads: Tensor) -> Tensor:
     """Update directions of RMS 1 for a stack of whole gradients."""
     like = Matrix(group, "", grads[0], grads[0], layout_of(route))
-    updates, factors = directions(in_range(grads, sizes(list(grads.unbind(0)))), like)
-    return updates * factors.view(-1, *[1] * (updates.ndim - 1))
+    return scaled(*directions(in_range(grads, sizes(list(grads.unbind(0)))), like))
 
 
 def _elements(group: dict[str, Any], device: torch.device) -> int:
