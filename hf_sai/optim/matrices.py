@@ -88,7 +88,8 @@ class Batch:
 
     Args:
         matrices (`list[Matrix]`): They.
-        size (`torch.Tensor`): `[k]`: how large their gradients are, as `whitening.sizes` gives it.
+        size (`torch.Tensor`): `[k]`: how large their gradients are, as `whitening.sizes` gives it; on accelerators the
+            power of two below it, which they are divided by.
         finite (`torch.Tensor`, *optional*): `[k]`: whose gradient is finite; `None` if all are.
     """
 
@@ -103,16 +104,13 @@ class Batch:
             for i, matrix in enumerate(self.matrices)
         ]
 
-    def flags(self, ndim: int) -> Tensor | None:
-        """`finite`, to be laid over a stack of tensors of `ndim` dimensions."""
-        return None if self.finite is None else self.finite.view(-1, *[1] * ndim)
-
     def stack(self) -> Tensor:
         """`[k, *local shape]`: what is whitened, zeros in place of what is not finite."""
         pieces = [local(matrix.source) for matrix in self.matrices]
-        stack = pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
-        good = self.flags(stack.ndim - 1)
-        return stack if good is None else torch.where(good, stack, 0.0)
+        stack = torch.stack(pieces)
+        if self.finite is not None:
+            stack.masked_fill_(self.finite.logical_not().view(-1, *[1] * (stack.ndim - 1)), 0.0)
+        return stack
 
 
 def batches_of(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
@@ -148,7 +146,8 @@ def whiten(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """
     first = batch.matrices[0]
     if batch.size.device.type != "cpu":
-        return directions(in_range(batch.stack(), batch.size), first)
+        stack = batch.stack()
+        return directions(stack / batch.size.view(-1, *[1] * (stack.ndim - 1)), first)
     tensors = [local(matrix.source) for matrix in batch.matrices]
     for index, size in enumerate(batch.size.tolist()):
         if not math.isfinite(size):

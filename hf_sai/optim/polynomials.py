@@ -68,6 +68,8 @@ _LEVELLING: Quintics = (
 # of up to 6%.
 SAFETY = {torch.bfloat16: 1.07}
 DEFAULT_SAFETY = 1.01
+# Norms are taken for no smaller: the matrix is zero then, and products of what it is divided by must not overflow.
+LEAST_NORM = 1e-16
 # From this ratio of the sides on, iterating on the Gram matrix takes fewer operations than on the matrix.
 GRAM_FROM = 1.45
 
@@ -88,12 +90,13 @@ def polar_factor(x: Tensor, steps: int, group: int | None = None) -> Tensor:
     `U V^T` of the thin SVD, near enough: `steps` quintics.
 
     Args:
-        x (`torch.Tensor`): `[k, p, q]`, of any scale whose fourth power the dtype holds.
+        x (`torch.Tensor`): `[k, p, q]`, with elements near 1 in size, or all zero.
         steps (`int`): How many quintics.
         group (`int`, *optional*): How many of them are evaluated on one Gram matrix before it is made anew from the
-            matrix. `None`: up to three at once, and two by two where there are more: in bfloat16 the fourth explodes,
-            because by then the rounding of the Gram matrix, which is relative to the largest value, is as large as the
-            square of the small ones. Nearly square matrices go one by one, which takes fewer operations.
+            matrix. `None`: two. In bfloat16 a third takes singular values of real gradients up to 2.5 (of six
+            polynomials to infinity), because by then the rounding of the Gram matrix, which is relative to the largest
+            value, is as large as the square of the small ones. Nearly square matrices go one by one, which takes fewer
+            operations.
 
     Returns:
         `torch.Tensor`: Same shape and dtype. A zero matrix gives zeros.
@@ -127,11 +130,10 @@ def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tenso
         a, b, c = a / safety, b / safety**3, c / safety**5
         if first and index == 0:
             squared = torch.bmm(gram, gram)
-            bound = _norms(squared).sqrt_().view(-1, 1, 1)
-            inverse = torch.where(bound > 0, bound, 1.0).reciprocal_().to(gram.dtype).to(bound.dtype)
+            inverse = _norms(squared).clamp_min_(LEAST_NORM).rsqrt_().view(-1, 1, 1).to(gram.dtype)
             # a + b / bound R + c / bound^2 R^2 is b times what is made here, in the fewest passes
-            gram, scale, unit = gram.mul_(inverse.to(gram.dtype)), inverse.sqrt() * b, b * b
-            z = torch.addcmul(gram, squared, inverse.square().to(gram.dtype), value=c / b, out=squared)
+            gram, scale, unit = gram.mul_(inverse), inverse.sqrt() * b, b * b
+            z = torch.addcmul(gram, squared, inverse.square(), value=c / b, out=squared)
             a = a / b
         else:
             z = torch.baddbmm(gram, gram, gram, beta=b * unit, alpha=c * unit**2)
@@ -140,13 +142,14 @@ def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tenso
             gram = torch.bmm(z, torch.bmm(gram, z))
         root = z if root is None else torch.bmm(root, z)
     assert root is not None  # there is at least one
-    return root if scale is None else root.mul_(scale.to(root.dtype))
+    return root if scale is None else root.mul_(scale)
 
 
 def _norms(matrices: Tensor) -> Tensor:
-    """`[k]`, of Frobenius, in float32 or float64: by rows, which are summed up fast whatever their dtype is."""
-    rows = torch.linalg.vector_norm(matrices, dim=-1)
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=_wide(matrices))
+    """`[k]`, of Frobenius, in float32 or float64."""
+    if matrices.device.type == "cpu":  # which sums up rows fast whatever their dtype is
+        matrices = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=_wide(matrices))
 
 
 def flatten_(x: Tensor) -> Tensor:
@@ -184,8 +187,7 @@ def flatten_(x: Tensor) -> Tensor:
     square = torch.bmm(root, root)
     powers = [torch.linalg.vector_norm(each, dim=(-2, -1), keepdim=True) for each in (square, square @ square)]
     level = (powers[0] / powers[1]).sqrt_()
-    root.mul_(-level).diagonal(dim1=-2, dim2=-1).add_(1.0)
-    taken = torch.bmm(root, basis).to(x.dtype)  # the root is symmetric
+    taken = torch.baddbmm(basis, root.mul_(level), basis, alpha=-1.0).to(x.dtype)  # the root is symmetric
     return x.baddbmm_(thin, taken, alpha=-1.0) if tall else x.baddbmm_(taken.mT, thin, alpha=-1.0)
 
 
@@ -196,14 +198,13 @@ def _orthonormal_rows(vectors: Tensor, passes: int) -> Tensor:
     A second pass takes the basis from a few percent off to the last digits, where the first rows are a thousand
     times the last. Without it the same matrix with other last digits would come to another level.
     """
-    lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    basis = vectors / torch.where(lengths > 0, lengths, 1.0)
+    basis = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(LEAST_NORM)
     for shift in (1e-5, 1e-6)[:passes]:
         gram = torch.bmm(basis, basis.mT)
         gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         factor, failed = torch.linalg.cholesky_ex(gram)  # which does not read from the device, as a check would
         basis = torch.linalg.solve_triangular(factor, basis, upper=False)
-        basis = torch.where((failed == 0).view(-1, 1, 1), basis, 0.0)
+        basis = basis.masked_fill_((failed != 0).view(-1, 1, 1), 0.0)
     return basis
 
 

@@ -38,7 +38,7 @@ from .sharding import sharding_of, true_everywhere
 from .sharing import differ, ranks, whiten_sharded, whiten_shared
 from .swan_options import FROM_TEXT, SAVED_KEYS, check_options
 from .tensors import LIST_NUMEL, buffer_dtype, check_gradient, gradient_of, is_sharded, local
-from .whitening import Method, in_range, sizes
+from .whitening import Method, as_divisors, in_range, sizes
 from .zero_swan import move_pieces
 
 
@@ -317,6 +317,7 @@ class SWAN(NamedOptimizer):
         finite = self._tell_of(names, flags if mesh is None else true_everywhere(flags, mesh), states)
         counts = [len(batch) for batch in batches]
         split = [None] * len(batches) if finite is None else finite.split(counts)
+        size = as_divisors(size)
         work = [Batch(*each) for each in zip(batches, size.split(counts), split, strict=True)]
         for batch in work:
             self._advance_means(batch)
@@ -370,7 +371,7 @@ class SWAN(NamedOptimizer):
             matrix.source = kept
         for weight, (buffers, gradients) in by_weight.items():
             torch._foreach_lerp_(buffers, gradients, weight)
-        batch.size = sizes([local(matrix.source) for matrix in batch.matrices])
+        batch.size = as_divisors(sizes([local(matrix.source) for matrix in batch.matrices]))
 
     def _tell_of(self, names: list[str], finite: Tensor, states: list[dict[str, Any]]) -> Tensor | None:
         """The flags, or `None` where all are set and that can be read; has those that are not told of."""
@@ -408,7 +409,7 @@ def _adam(group: dict[str, Any], batch: AdamBatch, rounding: Rounding | None, fo
         batch,
         rounding,
         found,
-        lr=float(group["lr"]) * ratio,
+        lr=group["lr"] * ratio,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         eps=group["eps"],

@@ -184,6 +184,11 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
     return norms
 
 
+def as_divisors(size: Tensor) -> Tensor:
+    """On accelerators the powers of two below, for all matrices at once; on the CPU each is looked at by itself."""
+    return size if size.device.type == "cpu" else power_of_two(size)
+
+
 def in_range(stack: Tensor, size: Tensor) -> Tensor:
     """
     Gradients in float32 or float64, of a size whose squares that holds.
@@ -291,13 +296,13 @@ def is_transposed(matrices: Tensor) -> bool:
 
 def _deviates(mean: Tensor, inverse: Tensor, resolution: float) -> Tensor:
     """Which rows have a deviation, of which the inverse is known."""
-    return (inverse * mean.abs() * resolution < 1.0) & (inverse < 1e18)
+    return mean.abs().clamp_min_(1e-18 / resolution).mul_(inverse) < 1.0 / resolution
 
 
 def _norm_of(kept: Tensor, normed: Tensor) -> Tensor:
     """Of matrices whose kept rows, `[k, m, 1]` or `[k, 1, m]`, have norm `sqrt(n)` and whose others are 0: `[k]`."""
     dtype = torch.promote_types(normed.dtype, torch.float32)
-    return kept.sum((-2, -1)).mul(normed.shape[-1]).to(dtype).sqrt_()
+    return kept.sum((-2, -1), dtype=dtype).mul_(normed.shape[-1]).sqrt_()
 
 
 def whitened(x: Tensor, method: Method, steps: int | None = None, beta: float | None = None) -> Tensor:
@@ -344,8 +349,8 @@ def power_of_two(size: Tensor) -> Tensor:
 
 
 def _nonzero(value: Tensor) -> Tensor:
-    """1 in place of 0: what is divided by it is 0 there anyway."""
-    return torch.where(value == 0, torch.ones_like(value), value)
+    """Norms, and next to nothing in place of 0: what is divided by it is 0 there anyway."""
+    return value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
 def _newton_schulz(unit: Tensor, steps: int, beta: float) -> Tensor:
