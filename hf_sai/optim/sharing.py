@@ -29,7 +29,7 @@ from .matrices import (
     whiten,
     whitened_directions,
 )
-from .sharding import Sharding, sharding_of
+from .sharding import Sharding, moved, sharding_of
 from .whitening import in_range, sizes
 
 
@@ -234,7 +234,7 @@ def _whole_updates(batch: Batch, sharding: Sharding, gathered: Tensor) -> Tensor
 
 def _move_pieces(batch: Batch, updates: Tensor) -> None:
     """Moves this rank's pieces."""
-    move(batch, updates.unbind(0), None)
+    move(batch, moved(updates, batch.size.device).unbind(0), None)
 
 
 def _has_whole_rows(matrix: Matrix, sharding: Sharding) -> bool:

@@ -109,8 +109,8 @@ class SWAN(NamedOptimizer):
 
     Raises:
         `ValueError`: An option is out of its range, or a group of kind `"swan"` holds a tensor that is no matrix.
-        `RuntimeError`: In `step()`, a gradient is sparse, a DTensor is laid out as it can't be gathered, or
-            `share_whitening` is set and the ranks' gradients differ.
+        `ShardingError`: A matrix is a DTensor that is laid out as it can't be gathered.
+        `RuntimeError`: In `step()`, a gradient is sparse, or `share_whitening` is set and the ranks' gradients differ.
 
     Example:
 
@@ -188,13 +188,19 @@ class SWAN(NamedOptimizer):
 
         Raises:
             `ValueError`: An option is out of its range, or a route does not fit.
+            `ShardingError`: A matrix is a DTensor that is laid out as it can't be gathered, as by FSDP2 beside tensor
+                parallelism.
         """
         group = from_text(param_group, FROM_TEXT)
         check_options({**self.defaults, **group})
         shared = {"step": self.param_groups[0]["step"]} if self.param_groups else {}
         super().add_param_group({**group, "params": self._with_names(param_group["params"]), **shared})
+        group = self.param_groups[-1]
         try:
-            complete_routes(self.param_groups[-1])
+            complete_routes(group)
+            for param, route in zip(group["params"], group["routes"], strict=True):
+                if route != ADAM and is_sharded(param):
+                    sharding_of(param)  # raises where it can't be gathered
         except ValueError:
             self.param_groups.pop()  # as if it had not come
             raise

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_whole
-from .polynomials import flatten_, polar_factor, smaller_gram, times_smaller
+from .polynomials import LEAST_NORM, flatten_, polar_factor, smaller_gram, times_smaller
 
 
 Method = Literal["polar", "polar_express", "newton_schulz", "nsds", "svd"]
@@ -381,7 +381,7 @@ def _nsds(x: Tensor, beta: float) -> Tensor:
     """
     root = smaller_gram(x)
     diagonal = root.diagonal(dim1=-2, dim2=-1).to(torch.promote_types(x.dtype, torch.float32))
-    trace = _nonzero(diagonal.sum(-1, keepdim=True))
+    trace = diagonal.sum(-1, keepdim=True).clamp_min_(LEAST_NORM)
     z = beta * (3.0 - diagonal / trace)
     norm = trace.sqrt()
     left, right = (-beta / (trace * norm) * z).to(x.dtype).unsqueeze(-1), z.square().to(x.dtype).unsqueeze(-2)
