@@ -104,6 +104,26 @@ def test_swan_reads_nothing_and_adam_takes_low_precision_in_lists(launches):
     assert adam <= 40
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("model", "batches"), [("GPT-2", 5), (LORA, 5)])
+def test_swan_takes_the_same_few_launches_for_each_shape(launches, model, batches, dtype):
+    """As many for all matrices of a shape together, but for the lists of pointers; and 60 for Adam and the flags."""
+    found = launches.count(model, "SWAN", dtype)
+    assert found["steady"] <= 100 * batches + 80, found["by_name"]
+    assert found["reads"] == 0
+
+
+def test_swan_reads_nothing_where_its_rate_is_on_the_device(launches, monkeypatch):
+    def refused(*args):
+        raise AssertionError("the host reads a tensor")
+
+    made = {"SWAN, lr a tensor": lambda params: launches._by_tensor(launches.SWAN(launches._routed(params)))}
+    monkeypatch.setattr(launches, "OPTIMIZERS", made)
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, refused)
+    assert launches.count("GPT-2", "SWAN, lr a tensor", BF16)["reads"] == 0
+
+
 @pytest.mark.parametrize(("model", "optimizer"), [("GPT-2", "SGD-SaI"), (LORA, "SGD-SaI, paired"), (LORA, "SGD-SaI")])
 def test_the_committed_table_is_what_is_counted(launches, model, optimizer):
     written = json.loads((BENCHMARKS / "results" / "launches.json").read_text())["counts"]

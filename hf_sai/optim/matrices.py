@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,18 @@ from .rounding import Rounding
 from .routing import Layout
 from .sharding import sharding_of
 from .tensors import is_sharded, local
-from .whitening import IN_DTYPE, SMALL_SIDE, factors_to, in_range, normalized, whitened
+from .whitening import (
+    IN_DTYPE,
+    PIECE_NUMEL,
+    SMALL_SIDE,
+    factors_to,
+    fits,
+    in_range,
+    is_transposed,
+    normalize_into,
+    normalized,
+    whitened,
+)
 
 
 WHITENING_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -50,6 +62,11 @@ class Matrix:
         return self.layout.shape(self.param.shape)
 
     @property
+    def has_several(self) -> bool:
+        """Whether the tensor holds several matrices, each with its own norm."""
+        return self.shape[0] > 1
+
+    @property
     def update_dtype(self) -> torch.dtype:
         """What its whitening multiplies in, and its update has."""
         group = self.group
@@ -71,7 +88,8 @@ class Batch:
 
     Args:
         matrices (`list[Matrix]`): They.
-        size (`torch.Tensor`): `[k]`: how large their gradients are, as `whitening.sizes` gives it.
+        size (`torch.Tensor`): `[k]`: how large their gradients are, as `whitening.sizes` gives it; on accelerators the
+            power of two below it, which they are divided by.
         finite (`torch.Tensor`, *optional*): `[k]`: whose gradient is finite; `None` if all are.
     """
 
@@ -86,16 +104,13 @@ class Batch:
             for i, matrix in enumerate(self.matrices)
         ]
 
-    def flags(self, ndim: int) -> Tensor | None:
-        """`finite`, to be laid over a stack of tensors of `ndim` dimensions."""
-        return None if self.finite is None else self.finite.view(-1, *[1] * ndim)
-
     def stack(self) -> Tensor:
         """`[k, *local shape]`: what is whitened, zeros in place of what is not finite."""
         pieces = [local(matrix.source) for matrix in self.matrices]
-        stack = pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
-        good = self.flags(stack.ndim - 1)
-        return stack if good is None else torch.where(good, stack, 0.0)
+        stack = torch.stack(pieces)
+        if self.finite is not None:
+            stack.masked_fill_(self.finite.logical_not().view(-1, *[1] * (stack.ndim - 1)), 0.0)
+        return stack
 
 
 def batches_of(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
@@ -121,40 +136,38 @@ def batch_bytes(matrix: Matrix) -> int:
     return int(matrix.group["max_batch_bytes"] or default)
 
 
-def whiten(batch: Batch) -> tuple[Tensor, Tensor]:
+def whiten(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """
     Update directions of a batch.
 
     Returns:
-        `(torch.Tensor, torch.Tensor)`: `[k, *shape]` of `update_dtype`, and `[k]`, float32 or float64: what these have
-            to be multiplied by to have RMS 1 (where all rows have deviation).
+        `(torch.Tensor, torch.Tensor or None)`: `[k, *shape]` of `update_dtype`, and `[k]`, float32 or float64: the
+            norms that these have to be given to have RMS 1 (where all rows have deviation); `None` if they have them.
     """
-    first, done = batch.matrices[0], 0
-    targets: list[Tensor] = []
-    for part in parts_of(batch):
-        flat = first.layout.matrices(in_range(part.stack(), part.size))
-        normed, target = normalized(flat, _resolution(first))
-        if not targets:
-            x = _empty_like(normed, len(flat) // len(part.matrices) * len(batch.matrices), first.update_dtype)
-        x[done : done + len(flat)] = normed  # rounds
-        done += len(flat)
-        targets.append(target)
-    return _directions(x, torch.cat(targets), first, first.param.shape)
-
-
-def parts_of(batch: Batch) -> list[Batch]:
-    """What goes over memory together: on the CPU one matrix, as fits its cache; elsewhere all, in one launch."""
-    return batch.one_by_one() if batch.size.device.type == "cpu" else [batch]
+    first = batch.matrices[0]
+    if batch.size.device.type != "cpu":
+        stack = batch.stack()
+        return directions(stack / batch.size.view(-1, *[1] * (stack.ndim - 1)), first)
+    tensors = [local(matrix.source) for matrix in batch.matrices]
+    for index, size in enumerate(batch.size.tolist()):
+        if not math.isfinite(size):
+            tensors[index] = torch.zeros_like(tensors[index])
+        elif not fits(size, tensors[index].numel()):
+            tensors[index] = in_range(tensors[index].unsqueeze(0), batch.size[index : index + 1])[0]
+    flats = [first.layout.matrices(tensor.unsqueeze(0)) for tensor in tensors]
+    x = _empty_like(flats[0], sum(map(len, flats)), first.update_dtype)
+    target = normalize_into(x, [matrix for flat in flats for matrix in flat.unbind(0)], _resolution(first))
+    return _directions(x, target, first, first.param.shape)
 
 
 def _empty_like(flat: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """`[count, m, n]`, each in memory as in `flat`."""
-    if flat.mT.is_contiguous() and not flat.is_contiguous():
+    if is_transposed(flat):
         return flat.new_empty(count, flat.shape[-1], flat.shape[-2], dtype=dtype).mT
     return flat.new_empty(count, *flat.shape[-2:], dtype=dtype)
 
 
-def directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor]:
+def directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor | None]:
     """As [`whiten`], of gradients that are in range: `[k, *shape]`, float32 or float64."""
     normed, target = normalized(like.layout.matrices(stack), _resolution(like), like.update_dtype)
     return _directions(normed, target, like, stack.shape[1:])
@@ -169,7 +182,7 @@ def normalized_pieces(stack: Tensor, like: Matrix) -> Tensor:
     return layout.tensors(normed, stack.shape[1:])
 
 
-def whitened_directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor]:
+def whitened_directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor | None]:
     """As [`whiten`], of matrices that GradNorm has seen."""
     flat = like.layout.matrices(stack)
     wide = torch.promote_types(flat.dtype, torch.float32)
@@ -177,72 +190,97 @@ def whitened_directions(stack: Tensor, like: Matrix) -> tuple[Tensor, Tensor]:
     return _directions(flat, target, like, stack.shape[1:])
 
 
-def _directions(normed: Tensor, target: Tensor, like: Matrix, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _directions(normed: Tensor, target: Tensor, like: Matrix, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
     group = like.group
     found = whitened(normed, group["whitening"], group["ns_steps"], group["ns_beta"])
-    factors = factors_to(found, -target if group["maximize"] else target)
-    updates = like.layout.tensors(found, shape)
-    if len(updates) < len(found):  # several matrices in one tensor, each with its own
-        found.mul_(factors.view(-1, 1, 1))
-        updates, factors = like.layout.tensors(found, shape), torch.ones_like(factors[: len(updates)])
-    return updates, factors
+    target = -target if group["maximize"] else target
+    if like.has_several:
+        return like.layout.tensors(scaled(found, target), shape), None
+    return like.layout.tensors(found, shape), target
+
+
+def scaled(updates: Tensor, norms: Tensor | None) -> Tensor:
+    """Updates `[k, ...]` of given norms `[k]`; written. `None`: as they are."""
+    return updates if norms is None else updates.mul_(factors_to(updates, norms).view(-1, *[1] * (updates.ndim - 1)))
 
 
 def _resolution(matrix: Matrix) -> float:
     return torch.finfo(matrix.source.dtype).eps
 
 
-def move(batch: Batch, updates: Sequence[Tensor], factors: Tensor) -> None:
+def move(batch: Batch, updates: Sequence[Tensor], norms: Tensor | None) -> None:
     """
     `W (1 - lr * weight_decay) - lr * scale * dW` in float32, rounded once; no decay without a finite gradient.
 
     Args:
         batch (`Batch`): Whose parameters move.
-        updates (sequence of `torch.Tensor`): One for each, zeros where the gradient is not finite.
-        factors (`torch.Tensor`): `[k]`: what these are multiplied by.
+        updates (sequence of `torch.Tensor`): One for each, zeros where the gradient is not finite. Not written.
+        norms (`torch.Tensor`, *optional*): `[k]`: what these are scaled to.
     """
     start = 0
     for end in range(1, len(updates) + 1):  # neighbours of one group go together
         if end == len(updates) or batch.matrices[end].group is not batch.matrices[start].group:
-            finite = None if batch.finite is None else batch.finite[start:end]
-            _move(batch.matrices[start:end], updates[start:end], factors[start:end], finite)
+            of_group = slice(start, end)
+            given = None if norms is None else norms[of_group]
+            if batch.size.device.type == "cpu":
+                _move_one_by_one(batch, of_group, updates[of_group], given)
+            else:
+                finite = None if batch.finite is None else batch.finite[of_group]
+                _move_together(batch.matrices[of_group], torch.stack(list(updates[of_group])), given, finite)
             start = end
 
 
-def _move(matrices: list[Matrix], updates: Sequence[Tensor], factors: Tensor, finite: Tensor | None) -> None:
-    """Of one group."""
-    if finite is not None and finite.device.type == "cpu":  # known: the others move as if it were all there is
-        good = finite.nonzero().flatten().tolist()
-        if not good:
-            return
-        matrices, updates, factors = [matrices[i] for i in good], [updates[i] for i in good], factors[finite]
-        finite = None
+def _move_together(matrices: list[Matrix], updates: Tensor, norms: Tensor | None, finite: Tensor | None) -> None:
+    """Of one group, in few calls; reads nothing from the device, so that they can be captured in a graph."""
     group = matrices[0].group
-    lr = float(group["lr"])
-    decay, rate = lr * group["weight_decay"], -lr * group["scale"]
+    lr, decays = group["lr"], bool(group["weight_decay"])
+    decay, by_matrix = lr * group["weight_decay"], (-1, *[1] * (updates.ndim - 1))
     params = [local(matrix.param) for matrix in matrices]
-    dtype = params[0].dtype
-    if dtype == torch.promote_types(dtype, torch.float32) and (finite is None or not decay):
-        if decay:
+    wide = torch.promote_types(params[0].dtype, torch.float32)
+    rate = -lr * group["scale"]
+    moves = updates.to(wide) * (rate if norms is None else (factors_to(updates, norms) * rate).view(by_matrix))
+    if params[0].dtype == wide and (finite is None or not decays):
+        if decays:
             torch._foreach_mul_(params, 1.0 - decay)
-        if factors.device.type == "cpu":  # numbers there: one pass, and no copy
-            for param, update, factor in zip(params, updates, factors.tolist(), strict=True):
-                param.add_(update, alpha=rate * factor)
-        else:
-            torch._foreach_add_(params, list(_scaled(updates, factors).unbind(0)), alpha=rate)
+        torch._foreach_add_(params, list(moves.unbind(0)))
         return
-    wide = torch.stack(params).to(torch.promote_types(dtype, torch.float32))
-    if decay:
-        kept = 1.0 if finite is None else finite.view(-1, *[1] * (wide.ndim - 1)).to(wide.dtype)
-        wide.mul_(1.0 - decay * kept)
-    wide.add_(_scaled(updates, factors), alpha=rate)
-    rounding = matrices[0].rounding
-    if rounding is not None:
-        rounding.before(wide, dtype)
-    torch._foreach_copy_(params, list(wide.unbind(0)))
+    values = torch.stack(params).to(wide)
+    if decays:
+        kept = 1.0 if finite is None else finite.view(by_matrix).to(wide)
+        values.mul_(1.0 - decay * kept)
+    values.add_(moves)
+    if matrices[0].rounding is not None:
+        matrices[0].rounding.before(values, params[0].dtype)
+    torch._foreach_copy_(params, list(values.unbind(0)))
 
 
-def _scaled(updates: Sequence[Tensor], factors: Tensor) -> Tensor:
-    """`[k, *shape]` in float32 or float64."""
-    stack = torch.stack(list(updates))
-    return stack * factors.view(-1, *[1] * (stack.ndim - 1))
+def _move_one_by_one(batch: Batch, of_group: slice, updates: Sequence[Tensor], norms: Tensor | None) -> None:
+    """Of one group on the CPU, by pieces that its cache holds."""
+    matrices = batch.matrices[of_group]
+    group, flags = matrices[0].group, [True] * len(matrices)
+    if batch.finite is not None:
+        flags = batch.finite[of_group].tolist()
+    lr = float(group["lr"])
+    decay, rate, targets = lr * group["weight_decay"], -lr * group["scale"], [] if norms is None else norms.tolist()
+    for index, (matrix, update, finite) in enumerate(zip(matrices, updates, flags, strict=True)):
+        if not finite:
+            continue
+        param = local(matrix.param)
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        if update.numel() <= PIECE_NUMEL or not (param.is_contiguous() and update.is_contiguous()):
+            pieces: Any = [(param, update.to(dtype))]
+        else:
+            pieces = list(zip(param.view(-1).split(PIECE_NUMEL), update.view(-1).split(PIECE_NUMEL), strict=True))
+        alpha = rate
+        if norms is not None:
+            squares = sum(torch.linalg.vector_norm(move.to(dtype)).item() ** 2 for _, move in pieces)
+            alpha *= targets[index] / (math.sqrt(squares) or 1.0)
+        for place, move in pieces:
+            values = place.to(dtype)
+            if decay:
+                values.mul_(1.0 - decay)
+            values.add_(move.to(dtype), alpha=alpha)
+            if values is not place:
+                if matrix.rounding is not None:
+                    matrix.rounding.before(values, place.dtype)
+                place.copy_(values)

@@ -68,6 +68,8 @@ _LEVELLING: Quintics = (
 # of up to 6%.
 SAFETY = {torch.bfloat16: 1.07}
 DEFAULT_SAFETY = 1.01
+# Norms are taken for no smaller: the matrix is zero then, and products of what it is divided by must not overflow.
+LEAST_NORM = 1e-16
 # From this ratio of the sides on, iterating on the Gram matrix takes fewer operations than on the matrix.
 GRAM_FROM = 1.45
 
@@ -88,12 +90,13 @@ def polar_factor(x: Tensor, steps: int, group: int | None = None) -> Tensor:
     `U V^T` of the thin SVD, near enough: `steps` quintics.
 
     Args:
-        x (`torch.Tensor`): `[k, p, q]`, of any scale whose fourth power the dtype holds.
+        x (`torch.Tensor`): `[k, p, q]`, with elements near 1 in size, or all zero.
         steps (`int`): How many quintics.
         group (`int`, *optional*): How many of them are evaluated on one Gram matrix before it is made anew from the
-            matrix. `None`: up to three at once, and two by two where there are more: in bfloat16 the fourth explodes,
-            because by then the rounding of the Gram matrix, which is relative to the largest value, is as large as the
-            square of the small ones. Nearly square matrices go one by one, which takes fewer operations.
+            matrix. `None`: two. In bfloat16 a third takes singular values of real gradients up to 2.5 (of six
+            polynomials to infinity), because by then the rounding of the Gram matrix, which is relative to the largest
+            value, is as large as the square of the small ones. Nearly square matrices go one by one, which takes fewer
+            operations.
 
     Returns:
         `torch.Tensor`: Same shape and dtype. A zero matrix gives zeros.
@@ -114,35 +117,44 @@ def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tenso
     Eigenvalues below the interval of the polynomials get at most the product of their first coefficients.
 
     Args:
-        gram (`torch.Tensor`): `[k, m, m]`.
+        gram (`torch.Tensor`): `[k, m, m]`. Written.
         coefficients (tuple of triples): `a`, `b`, `c` of each.
         first (`bool`, *optional*, defaults to `True`): Whether the scale is open. It is then taken from
             `||R^2||_F^(1/4)`, the 8-norm of the singular values: it bounds the largest from above as `||X||` does, but
             tightly, and the product is needed anyway. Otherwise they are within the interval already.
     """
     safety = SAFETY.get(gram.dtype, DEFAULT_SAFETY)
-    root, scale = None, None
+    # The matrices are `unit` times the ones at hand, so that numbers are multiplied and not matrices.
+    root, scale, unit = None, None, 1.0
     for index, (a, b, c) in enumerate(coefficients):
         a, b, c = a / safety, b / safety**3, c / safety**5
         if first and index == 0:
             squared = torch.bmm(gram, gram)
-            bound = torch.linalg.vector_norm(squared, dim=(-2, -1), keepdim=True, dtype=_wide(gram)).sqrt_()
-            inverse = torch.where(bound > 0, bound, 1.0).reciprocal_()
-            gram, scale = gram * inverse.to(gram.dtype), inverse.sqrt()
-            z = squared.mul_((c * inverse * inverse).to(gram.dtype)).add_(gram, alpha=b)
+            inverse = _norms(squared).clamp_min_(LEAST_NORM).rsqrt_().view(-1, 1, 1).to(gram.dtype)
+            # a + b / bound R + c / bound^2 R^2 is b times what is made here, in the fewest passes
+            gram, scale, unit = gram.mul_(inverse), inverse.sqrt() * b, b * b
+            z = torch.addcmul(gram, squared, inverse.square(), value=c / b, out=squared)
+            a = a / b
         else:
-            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            z = torch.baddbmm(gram, gram, gram, beta=b * unit, alpha=c * unit**2)
         z.diagonal(dim1=-2, dim2=-1).add_(a)
         if index + 1 < len(coefficients):  # the Gram matrix of p(X)
             gram = torch.bmm(z, torch.bmm(gram, z))
         root = z if root is None else torch.bmm(root, z)
     assert root is not None  # there is at least one
-    return root if scale is None else root.mul_(scale.to(root.dtype))
+    return root if scale is None else root.mul_(scale)
 
 
-def flattened(x: Tensor) -> Tensor:
+def _norms(matrices: Tensor) -> Tensor:
+    """`[k]`, of Frobenius, in float32 or float64."""
+    if matrices.device.type == "cpu":  # which sums up rows fast whatever their dtype is
+        matrices = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=_wide(matrices))
+
+
+def flatten_(x: Tensor) -> Tensor:
     """
-    The matrix with its largest directions brought down to a common level, which is about that of the next one.
+    Brings the largest directions of a matrix down to a common level, which is about that of the next one.
 
     One pass of a randomized range finder finds an orthonormal basis `U` of the `count` largest directions, and `U B^T`
     is replaced by `U (B^T B)^(-1/2) B^T` times the level, where `B = X^T U`. Only thin products are taken, so that it
@@ -150,47 +162,49 @@ def flattened(x: Tensor) -> Tensor:
     64th of the largest value is the level.
 
     Args:
-        x (`torch.Tensor`): `[k, p, q]`.
+        x (`torch.Tensor`): `[k, p, q]`, contiguous. Written.
 
     Returns:
-        `torch.Tensor`: Same shape and dtype.
+        `torch.Tensor`: `x`.
     """
     side = min(x.shape[-2:])
     count = max(side // 8, min(side, 16) // 2)
     if count < 2:
         return x
-    probes = _probes(side, count, x.device, x.dtype).expand(len(x), side, count)
+    tall = x.shape[-2] > x.shape[-1]
+    # Thin matrices lie so that their longer side is a row, where products with them are fastest: [count, side], and
+    # [count, longer side] or, of a tall matrix, [longer side, count].
+    probes = _probes(side, count, x.device, x.dtype).expand(len(x), count, side)
+    seen = torch.bmm(x, probes.mT) if tall else torch.bmm(probes, x)
+    found = torch.bmm(seen.mT, x) if tall else torch.bmm(seen, x.mT)
     # bfloat16 rounds the basis anyway.
-    basis = _orthonormal(_small_side(x, _large_side(x, probes)).to(_wide(x)), 1 if x.dtype == torch.bfloat16 else 2)
-    thin = _large_side(x, basis.to(x.dtype))
+    basis = _orthonormal_rows(found.to(_wide(x)), 1 if x.dtype == torch.bfloat16 else 2)
+    narrow = basis.to(x.dtype)
+    thin = torch.bmm(x, narrow.mT) if tall else torch.bmm(narrow, x)
     wide = thin.to(_wide(x))
-    root = gram_root(torch.bmm(wide.mT, wide), _LEVELLING)
+    root = gram_root(torch.bmm(wide.mT, wide) if tall else torch.bmm(wide, wide.mT), _LEVELLING)
     # The level is the reciprocal of the root's largest eigenvalue: (sum of 8th powers / sum of 4th)^(1/4), nearly.
     square = torch.bmm(root, root)
     powers = [torch.linalg.vector_norm(each, dim=(-2, -1), keepdim=True) for each in (square, square @ square)]
     level = (powers[0] / powers[1]).sqrt_()
-    root.mul_(-level).diagonal(dim1=-2, dim2=-1).add_(1.0)
-    taken = torch.bmm(basis, root).to(x.dtype)
-    if x.shape[-2] > x.shape[-1]:
-        return torch.baddbmm(x, thin, taken.mT, alpha=-1.0)
-    return torch.baddbmm(x, taken, thin.mT, alpha=-1.0)
+    taken = torch.baddbmm(basis, root.mul_(level), basis, alpha=-1.0).to(x.dtype)  # the root is symmetric
+    return x.baddbmm_(thin, taken, alpha=-1.0) if tall else x.baddbmm_(taken.mT, thin, alpha=-1.0)
 
 
-def _orthonormal(vectors: Tensor, passes: int) -> Tensor:
+def _orthonormal_rows(vectors: Tensor, passes: int) -> Tensor:
     """
-    An orthonormal basis of columns (CholeskyQR, shifted); zeros where rounding leaves no basis.
+    An orthonormal basis of rows `[k, count, side]` (CholeskyQR, shifted); zeros where rounding leaves no basis.
 
-    A second pass takes the basis from a few percent off to the last digits, where the first columns are a thousand
+    A second pass takes the basis from a few percent off to the last digits, where the first rows are a thousand
     times the last. Without it the same matrix with other last digits would come to another level.
     """
-    lengths = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
-    basis = vectors / torch.where(lengths > 0, lengths, 1.0)
+    basis = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(LEAST_NORM)
     for shift in (1e-5, 1e-6)[:passes]:
-        gram = torch.bmm(basis.mT, basis)
+        gram = torch.bmm(basis, basis.mT)
         gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         factor, failed = torch.linalg.cholesky_ex(gram)  # which does not read from the device, as a check would
-        basis = torch.linalg.solve_triangular(factor, basis.mT, upper=False).mT
-        basis = torch.where((failed == 0).view(-1, 1, 1), basis, 0.0)
+        basis = torch.linalg.solve_triangular(factor, basis, upper=False)
+        basis = basis.masked_fill_((failed != 0).view(-1, 1, 1), 0.0)
     return basis
 
 
@@ -199,11 +213,12 @@ _kept_probes: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
 
 def _probes(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random vectors, the same in every process and at every step."""
+    """Random rows `[count, side]`, the same in every process and at every step."""
     key = (side, count, device, dtype)
     if key not in _kept_probes:
         generator = torch.Generator().manual_seed(0)
-        _kept_probes[key] = torch.randn(side, count, generator=generator).to(device=device, dtype=dtype)
+        columns = torch.randn(side, count, generator=generator)
+        _kept_probes[key] = columns.mT.contiguous().to(device=device, dtype=dtype)
     return _kept_probes[key]
 
 
@@ -219,13 +234,3 @@ def smaller_gram(x: Tensor) -> Tensor:
 def times_smaller(x: Tensor, root: Tensor) -> Tensor:
     """`X Q` or `Q X`, as the smaller side is."""
     return torch.bmm(x, root) if x.shape[-2] > x.shape[-1] else torch.bmm(root, x)
-
-
-def _large_side(x: Tensor, thin: Tensor) -> Tensor:
-    """Vectors of the smaller side taken to the larger."""
-    return torch.bmm(x if x.shape[-2] > x.shape[-1] else x.mT, thin)
-
-
-def _small_side(x: Tensor, thin: Tensor) -> Tensor:
-    """Vectors of the larger side taken to the smaller."""
-    return torch.bmm(x.mT if x.shape[-2] > x.shape[-1] else x, thin)

@@ -3,7 +3,8 @@ Whole matrices from sharded ones and back, each rank getting its share, through 
 
 A stack of `k` tensors that are sharded alike is itself a tensor of one dimension more. Redistributed so that the stack
 is sharded instead, each rank holds some of the matrices whole; redistributed back, it holds its pieces of all. Both
-are started and not waited for: the first use of what they give waits.
+are started and not waited for: the first use of what they give waits. Ranks talk on the device of their mesh: pieces
+that FSDP2's CPU offload keeps elsewhere go there, and what comes back goes where the pieces are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class ShardingError(RuntimeError, ValueError):
+    """A DTensor is laid out as SWAN can't gather it."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,12 @@ class Sharding:
         Returns:
             `torch.Tensor`: `[this rank's part of k, *shape]`; the part may be empty.
         """
-        stacked = self._stacked(pieces, len(pieces), self._by_piece())
+        stacked = self._stacked(moved(pieces, self.mesh.device_type), len(pieces), self._by_piece())
         return stacked.redistribute(placements=self._by_tensor(), async_op=True).to_local()
 
     def scatter(self, whole: Tensor, count: int) -> Tensor:
         """
-        Undoes `gather`.
+        Undoes `gather`, on the device of the mesh.
 
         Args:
             whole (`torch.Tensor`): `[this rank's part of k, *shape]`.
@@ -90,6 +95,11 @@ class Sharding:
         )
 
 
+def moved(values: Tensor, device: torch.device | str) -> Tensor:
+    """On another kind of device; the same where it is there."""
+    return values if values.device.type == torch.device(device).type else values.to(device)
+
+
 def true_everywhere(flags: Tensor, mesh: Any) -> Tensor:
     """
     Flags that are true on all ranks: one small collective per dimension of the mesh.
@@ -98,10 +108,10 @@ def true_everywhere(flags: Tensor, mesh: Any) -> Tensor:
         flags (`torch.Tensor`): `[k]`, of this rank.
         mesh (`DeviceMesh`): The ranks.
     """
-    counts = flags.to(torch.int32)
+    counts = moved(flags.to(torch.int32), mesh.device_type)
     for dim in range(mesh.ndim):
         torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MIN, group=mesh.get_group(dim))
-    return counts.bool()
+    return moved(counts.bool(), flags.device)
 
 
 def sharding_of(param: Tensor) -> Sharding:
@@ -109,13 +119,13 @@ def sharding_of(param: Tensor) -> Sharding:
     The sharding of a DTensor.
 
     Raises:
-        `RuntimeError`: It is laid out in another way than in equal pieces or copies.
+        `ShardingError`: It is laid out in another way than in equal pieces or copies.
     """
     from torch.distributed.tensor import Replicate, Shard
 
     placements = tuple(param.placements)  # type: ignore[attr-defined]
     if not all(type(placement) in (Shard, Replicate) for placement in placements):
-        raise RuntimeError(
+        raise ShardingError(
             f"SWAN whitens whole matrices and can gather DTensors that are sharded or replicated, but one lies as "
             f"{placements}; use FSDP2 without tensor parallelism for it"
         )

@@ -25,10 +25,11 @@ from .matrices import (
     directions,
     move,
     normalized_pieces,
+    scaled,
     whiten,
     whitened_directions,
 )
-from .sharding import Sharding, sharding_of
+from .sharding import Sharding, moved, sharding_of
 from .whitening import in_range, sizes
 
 
@@ -96,20 +97,23 @@ class Exchange:
     One round under way: this rank's updates have been sent, those of all arrive. As bytes, which every backend sends.
 
     Args:
-        found (sequence of pairs of `torch.Tensor`): Updates and factors of this rank's batches.
+        found (sequence of pairs of `torch.Tensor`): Updates of this rank's batches, and their norms or `None`.
         count (`int`): The most matrices that a rank has in this round.
         size (`int`): The most bytes of updates; what a rank has less is padding.
         device (`torch.device`): Where.
     """
 
-    def __init__(self, found: Sequence[tuple[Tensor, Tensor]], count: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self, found: Sequence[tuple[Tensor, Tensor | None]], count: int, size: int, device: torch.device
+    ) -> None:
         self.head = _aligned(4 * count)
         self.size = self.head + size
         mine = torch.zeros(self.size, dtype=torch.uint8, device=device)
-        factors, start, end = mine[: self.head].view(torch.float32), 0, self.head
+        norms, start, end = mine[: self.head].view(torch.float32), 0, self.head
         for updates, each in found:
-            factors[start : start + len(each)] = each
-            start += len(each)
+            if each is not None:
+                norms[start : start + len(updates)] = each
+            start += len(updates)
             sent = updates.reshape(-1).view(torch.uint8)
             mine[end : end + len(sent)] = sent
             end += _aligned(len(sent))
@@ -117,7 +121,7 @@ class Exchange:
         self.work = all_gather(self.gathered, mine, async_op=True)
 
     def of_rank(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Factors, and bytes of updates, of a rank; waits for them."""
+        """Norms, and bytes of updates, of a rank; waits for them."""
         self.work.wait()
         part = self.gathered[rank * self.size : (rank + 1) * self.size]
         return part[: self.head].view(torch.float32), part[self.head :]
@@ -154,13 +158,13 @@ def whiten_shared(work: Sequence[Batch]) -> None:
 def _move_all(singles: list[Batch], shared: list[list[int]], exchange: Exchange) -> None:
     """Moves the parameters of a round, of every rank's share."""
     for rank, share in enumerate(shared):
-        factors, sent = exchange.of_rank(rank)
+        norms, sent = exchange.of_rank(rank)
         for batch in together([singles[index] for index in share]):
             first, count = batch.matrices[0], len(batch.matrices)
             size = count * first.param.numel() * first.update_dtype.itemsize
             updates = sent[:size].view(first.update_dtype).view(count, *first.param.shape)
-            move(batch, updates.unbind(0), factors[:count])
-            sent, factors = sent[_aligned(size) :], factors[count:]
+            move(batch, updates.unbind(0), None if first.has_several else norms[:count])
+            sent, norms = sent[_aligned(size) :], norms[count:]
 
 
 def _matrices(singles: Sequence[Batch]) -> list[Matrix]:
@@ -224,15 +228,13 @@ def _whole_updates(batch: Batch, sharding: Sharding, gathered: Tensor) -> Tensor
     if not len(gathered):
         return gathered.to(first.update_dtype)
     if _has_whole_rows(first, sharding):
-        updates, factors = whitened_directions(gathered, first)
-    else:
-        updates, factors = directions(in_range(gathered, sizes(list(gathered.unbind(0)))), first)
-    return updates.mul_(factors.view(-1, *[1] * (updates.ndim - 1)))
+        return scaled(*whitened_directions(gathered, first))
+    return scaled(*directions(in_range(gathered, sizes(list(gathered.unbind(0)))), first))
 
 
 def _move_pieces(batch: Batch, updates: Tensor) -> None:
     """Moves this rank's pieces."""
-    move(batch, updates.unbind(0), torch.ones(len(updates), device=updates.device))
+    move(batch, moved(updates, batch.size.device).unbind(0), None)
 
 
 def _has_whole_rows(matrix: Matrix, sharding: Sharding) -> bool:

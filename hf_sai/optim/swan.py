@@ -28,6 +28,7 @@ from .matrices import (
     batches_of,
     directions,
     move,
+    scaled,
     whiten,
 )
 from .precision import undisturbed
@@ -37,7 +38,7 @@ from .sharding import sharding_of, true_everywhere
 from .sharing import differ, ranks, whiten_sharded, whiten_shared
 from .swan_options import FROM_TEXT, SAVED_KEYS, check_options
 from .tensors import LIST_NUMEL, buffer_dtype, check_gradient, gradient_of, is_sharded, local
-from .whitening import Method, in_range, sizes
+from .whitening import Method, as_divisors, in_range, sizes
 from .zero_swan import move_pieces
 
 
@@ -108,8 +109,8 @@ class SWAN(NamedOptimizer):
 
     Raises:
         `ValueError`: An option is out of its range, or a group of kind `"swan"` holds a tensor that is no matrix.
-        `RuntimeError`: In `step()`, a gradient is sparse, a DTensor is laid out as it can't be gathered, or
-            `share_whitening` is set and the ranks' gradients differ.
+        `ShardingError`: A matrix is a DTensor that is laid out as it can't be gathered.
+        `RuntimeError`: In `step()`, a gradient is sparse, or `share_whitening` is set and the ranks' gradients differ.
 
     Example:
 
@@ -188,13 +189,19 @@ class SWAN(NamedOptimizer):
 
         Raises:
             `ValueError`: An option is out of its range, or a route does not fit.
+            `ShardingError`: A matrix is a DTensor that is laid out as it can't be gathered, as by FSDP2 beside tensor
+                parallelism.
         """
         group = from_text(param_group, FROM_TEXT)
         check_options({**self.defaults, **group})
         shared = {"step": self.param_groups[0]["step"]} if self.param_groups else {}
         super().add_param_group({**group, "params": self._with_names(param_group["params"]), **shared})
+        group = self.param_groups[-1]
         try:
-            complete_routes(self.param_groups[-1])
+            complete_routes(group)
+            for param, route in zip(group["params"], group["routes"], strict=True):
+                if route != ADAM and is_sharded(param):
+                    sharding_of(param)  # raises where it can't be gathered
         except ValueError:
             self.param_groups.pop()  # as if it had not come
             raise
@@ -317,6 +324,7 @@ class SWAN(NamedOptimizer):
         finite = self._tell_of(names, flags if mesh is None else true_everywhere(flags, mesh), states)
         counts = [len(batch) for batch in batches]
         split = [None] * len(batches) if finite is None else finite.split(counts)
+        size = as_divisors(size)
         work = [Batch(*each) for each in zip(batches, size.split(counts), split, strict=True)]
         for batch in work:
             self._advance_means(batch)
@@ -326,8 +334,8 @@ class SWAN(NamedOptimizer):
             whiten_shared(work)
         else:
             for batch in work:
-                updates, factors = whiten(batch)
-                move(batch, updates.unbind(0), factors)
+                updates, norms = whiten(batch)
+                move(batch, updates.unbind(0), norms)
         # On an accelerator all are counted; those that did not move are counted back when that is known.
         moved = [True] * len(states) if finite is None or finite.device.type != "cpu" else finite.tolist()
         for state, has_moved in zip(states, moved, strict=True):
@@ -370,7 +378,7 @@ class SWAN(NamedOptimizer):
             matrix.source = kept
         for weight, (buffers, gradients) in by_weight.items():
             torch._foreach_lerp_(buffers, gradients, weight)
-        batch.size = sizes([local(matrix.source) for matrix in batch.matrices])
+        batch.size = as_divisors(sizes([local(matrix.source) for matrix in batch.matrices]))
 
     def _tell_of(self, names: list[str], finite: Tensor, states: list[dict[str, Any]]) -> Tensor | None:
         """The flags, or `None` where all are set and that can be read; has those that are not told of."""
@@ -393,8 +401,7 @@ def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
 def _directions_of(group: dict[str, Any], route: str, grads: Tensor) -> Tensor:
     """Update directions of RMS 1 for a stack of whole gradients."""
     like = Matrix(group, "", grads[0], grads[0], layout_of(route))
-    updates, factors = directions(in_range(grads, sizes(list(grads.unbind(0)))), like)
-    return updates * factors.view(-1, *[1] * (updates.ndim - 1))
+    return scaled(*directions(in_range(grads, sizes(list(grads.unbind(0)))), like))
 
 
 def _elements(group: dict[str, Any], device: torch.device) -> int:
@@ -409,7 +416,7 @@ def _adam(group: dict[str, Any], batch: AdamBatch, rounding: Rounding | None, fo
         batch,
         rounding,
         found,
-        lr=float(group["lr"]) * ratio,
+        lr=group["lr"] * ratio,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         eps=group["eps"],

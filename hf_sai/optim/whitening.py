@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_whole
-from .polynomials import flattened, polar_factor, smaller_gram, times_smaller
+from .polynomials import LEAST_NORM, flatten_, polar_factor, smaller_gram, times_smaller
 
 
 Method = Literal["polar", "polar_express", "newton_schulz", "nsds", "svd"]
@@ -32,6 +32,8 @@ IN_DTYPE = ("polar", "polar_express", "nsds")
 # Up to this smaller side products are in float32 in any case: they cost next to nothing, and the rounding of a few
 # rows adds up in one direction, by which the polynomials of bfloat16 explode (adapters of rank 4 came to NaN by it).
 SMALL_SIDE = 32
+# Elements that the CPU works on at a time, 1 MiB in float32: its cache holds them with what is made of them.
+PIECE_NUMEL = 2**18
 # Squares of elements of this size, and of what is a million times smaller, stay within float32.
 LEAST_RMS, LARGEST_NORM = 1e-12, 1e15
 
@@ -97,7 +99,7 @@ def grad_whitening(
     if wide.numel() == 0:
         return wide
     flat = wide.reshape(-1, *wide.shape[-2:])
-    flat = flat / _power_of_two(torch.linalg.vector_norm(flat, ord=math.inf, dim=(-2, -1), keepdim=True))
+    flat = flat / power_of_two(torch.linalg.vector_norm(flat, ord=math.inf, dim=(-2, -1), keepdim=True))
     if method in IN_DTYPE:
         flat = flat.to(dtype or flat.dtype)
     return whitened(flat, method, steps, beta).to(wide.dtype).reshape(wide.shape)
@@ -172,11 +174,19 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
     if gradients[0].device.type != "cpu":
         some = [each if each.numel() else each.new_zeros(1) for each in gradients]  # a rank may have no rows
         return torch.stack(torch._foreach_norm(some, math.inf, dtype))
-    norms = [torch.linalg.vector_norm(each, dtype=dtype) for each in gradients]
-    for index, (norm, gradient) in enumerate(zip(norms, gradients, strict=True)):
-        if gradient.numel() and not LEAST_RMS * math.sqrt(gradient.numel()) < norm.item() < LARGEST_NORM:
+    if all(each.dtype == dtype for each in gradients):
+        norms = torch.stack(torch._foreach_norm(list(gradients)))
+    else:
+        norms = torch.stack([torch.linalg.vector_norm(each, dtype=dtype) for each in gradients])
+    for index, (norm, gradient) in enumerate(zip(norms.tolist(), gradients, strict=True)):
+        if gradient.numel() and not fits(norm, gradient.numel()):
             norms[index] = torch.linalg.vector_norm(gradient, ord=math.inf, dtype=dtype)
-    return torch.stack(norms)
+    return norms
+
+
+def as_divisors(size: Tensor) -> Tensor:
+    """On accelerators the powers of two below, for all matrices at once; on the CPU each is looked at by itself."""
+    return size if size.device.type == "cpu" else power_of_two(size)
 
 
 def in_range(stack: Tensor, size: Tensor) -> Tensor:
@@ -188,11 +198,14 @@ def in_range(stack: Tensor, size: Tensor) -> Tensor:
         size (`torch.Tensor`): `[k]`, as [`sizes`] gives it.
     """
     wide = stack.to(torch.promote_types(stack.dtype, torch.float32))
-    if size.device.type == "cpu":
-        least = LEAST_RMS * math.sqrt(max(1, stack[0].numel()))
-        if all(least < each < LARGEST_NORM for each in size.tolist()):
-            return wide
-    return wide / _power_of_two(size).view(-1, *[1] * (stack.ndim - 1))
+    if size.device.type == "cpu" and all(fits(each, stack[0].numel()) for each in size.tolist()):
+        return wide
+    return wide / power_of_two(size).view(-1, *[1] * (stack.ndim - 1))
+
+
+def fits(size: float, numel: int) -> bool:
+    """Whether float32 holds the squares of a gradient of that size and so many elements."""
+    return LEAST_RMS * math.sqrt(max(1, numel)) < size < LARGEST_NORM
 
 
 def normalized(flat: Tensor, resolution: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -207,7 +220,7 @@ def normalized(flat: Tensor, resolution: float, dtype: torch.dtype | None = None
     Returns:
         `(torch.Tensor, torch.Tensor)`: `[k, m, n]`, in memory as `flat` is, and `[k]`.
     """
-    if flat.mT.is_contiguous() and not flat.is_contiguous():
+    if is_transposed(flat):
         stored = flat.mT
         mean = stored.mean(-2, keepdim=True)
         centred = stored - mean
@@ -217,11 +230,79 @@ def normalized(flat: Tensor, resolution: float, dtype: torch.dtype | None = None
     else:
         # LayerNorm is GradNorm, and every backend has it in one pass. Its eps is below every square in range.
         normed, mean, inverse = torch.native_layer_norm(flat, flat.shape[-1:], None, None, 1e-37)
-        kept = (inverse * mean.abs() * resolution < 1.0) & (inverse < 1e18)
+        kept = _deviates(mean, inverse, resolution)
         if not (kept.device.type == "cpu" and bool(kept.all())):
             normed = normed.mul_(kept)
         normed = normed.to(dtype or flat.dtype)
-    return normed, kept.sum((-2, -1)).mul(flat.shape[-1]).to(flat.dtype).sqrt_()
+    return normed, _norm_of(kept, flat)
+
+
+def normalize_into(out: Tensor, sources: Sequence[Tensor], resolution: float) -> Tensor:
+    """
+    GradNorm of gradients on the CPU, by pieces that stay in its cache while they are worked on.
+
+    Args:
+        out (`torch.Tensor`): `[k, m, n]`, written: rounds to its dtype.
+        sources (sequence of `torch.Tensor`): `k` matrices in range, `[m, n]`, in memory as those of `out` are.
+        resolution (`float`): As in [`normalized`].
+
+    Returns:
+        `torch.Tensor`: `[k]`: the norms.
+    """
+    means, inverses = [], []
+    transposed, width = is_transposed(out), max(1, out.shape[-2 if is_transposed(out) else -1])
+    for source, there in zip(sources, out.unbind(0), strict=True):
+        if transposed:
+            mean, inverse = _normalize_columns(source.mT, there.mT)
+            means.append(mean)
+            inverses.append(inverse)
+            continue
+        for piece, place in zip(*rows_of(max(1, PIECE_NUMEL // width), source, there), strict=True):
+            normed, mean, inverse = torch.native_layer_norm(wider(piece), piece.shape[-1:], None, None, 1e-37)
+            place.copy_(normed)
+            means.append(mean.view(-1))
+            inverses.append(inverse.view(-1))
+    kept = _deviates(torch.cat(means), torch.cat(inverses), resolution).view(*out.shape[:2], 1)
+    if not bool(kept.all()):
+        out.mul_(kept)
+    return _norm_of(kept, out)
+
+
+def _normalize_columns(stored: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """GradNorm of the columns of one matrix; their means and inverse deviations."""
+    pieces, places = rows_of(max(1, PIECE_NUMEL // max(1, stored.shape[1])), stored, out)
+    mean = torch.stack([wider(piece).sum(0) for piece in pieces]).sum(0).div_(len(stored))
+    squares = [torch.sub(piece, mean).square_().sum(0) for piece in pieces]
+    inverse = torch.stack(squares).sum(0).div_(len(stored)).sqrt_().reciprocal_()
+    for piece, place in zip(pieces, places, strict=True):
+        place.copy_(torch.sub(piece, mean).mul_(inverse.clamp(max=1e18)))
+    return mean, inverse
+
+
+def rows_of(count: int, *tensors: Tensor) -> list[Sequence[Tensor]]:
+    """Tensors of equal length cut alike, `count` rows a piece."""
+    return [[tensor] if len(tensor) <= count else tensor.split(count) for tensor in tensors]
+
+
+def wider(tensor: Tensor) -> Tensor:
+    """In float32 or float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def is_transposed(matrices: Tensor) -> bool:
+    """Whether `[k, m, n]` lies column by column in memory."""
+    return matrices.mT.is_contiguous() and not matrices.is_contiguous()
+
+
+def _deviates(mean: Tensor, inverse: Tensor, resolution: float) -> Tensor:
+    """Which rows have a deviation, of which the inverse is known."""
+    return mean.abs().clamp_min_(1e-18 / resolution).mul_(inverse) < 1.0 / resolution
+
+
+def _norm_of(kept: Tensor, normed: Tensor) -> Tensor:
+    """Of matrices whose kept rows, `[k, m, 1]` or `[k, 1, m]`, have norm `sqrt(n)` and whose others are 0: `[k]`."""
+    dtype = torch.promote_types(normed.dtype, torch.float32)
+    return kept.sum((-2, -1), dtype=dtype).mul_(normed.shape[-1]).sqrt_()
 
 
 def whitened(x: Tensor, method: Method, steps: int | None = None, beta: float | None = None) -> Tensor:
@@ -234,16 +315,16 @@ def whitened(x: Tensor, method: Method, steps: int | None = None, beta: float | 
         steps (`int`, *optional*): As in [`grad_whitening`].
         beta (`float`, *optional*): As in [`grad_whitening`].
     """
-    if method != "nsds" and x.mT.is_contiguous() and not x.is_contiguous():  # nsds tells rows from columns
+    if method != "nsds" and is_transposed(x):  # nsds tells rows from columns
         return whitened(x.mT, method, steps, beta).mT
     if min(x.shape[-2:]) <= SMALL_SIDE and x.dtype == torch.bfloat16:
         return whitened(x.float(), method, steps, beta).to(x.dtype)
     steps = DEFAULT_STEPS[method] if steps is None else steps
     beta = DEFAULT_BETA.get(method, 0.0) if beta is None else beta
     if method == "polar":
-        return polar_factor(flattened(x), steps)
+        return polar_factor(flatten_(x), steps)
     if method == "polar_express":
-        return polar_factor(x, steps, group=1)
+        return polar_factor(x, steps)
     if method == "nsds":
         return _nsds(x, beta)
     unit = x / _nonzero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True))
@@ -255,21 +336,21 @@ def factors_to(x: Tensor, target: Tensor) -> Tensor:
     What matrices have to be multiplied by to have given norms; where one is zero, any number.
 
     Args:
-        x (`torch.Tensor`): `[k, m, n]`.
+        x (`torch.Tensor`): `[k, ...]`.
         target (`torch.Tensor`): `[k]`, float32 or float64; negative ones turn the sign.
     """
-    return target / _nonzero(torch.linalg.vector_norm(x, dim=(-2, -1), dtype=target.dtype))
+    return target / _nonzero(torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=target.dtype))
 
 
-def _power_of_two(size: Tensor) -> Tensor:
+def power_of_two(size: Tensor) -> Tensor:
     """The next below, which takes no digit from what is divided by it; 1 in place of 0, inf and NaN."""
     known = torch.where((size > 0) & size.isfinite(), size, 1.0)
     return torch.ldexp(torch.ones_like(known), torch.frexp(known).exponent - 1)
 
 
 def _nonzero(value: Tensor) -> Tensor:
-    """1 in place of 0: what is divided by it is 0 there anyway."""
-    return torch.where(value == 0, torch.ones_like(value), value)
+    """Norms, and next to nothing in place of 0: what is divided by it is 0 there anyway."""
+    return value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
 def _newton_schulz(unit: Tensor, steps: int, beta: float) -> Tensor:
@@ -300,7 +381,7 @@ def _nsds(x: Tensor, beta: float) -> Tensor:
     """
     root = smaller_gram(x)
     diagonal = root.diagonal(dim1=-2, dim2=-1).to(torch.promote_types(x.dtype, torch.float32))
-    trace = _nonzero(diagonal.sum(-1, keepdim=True))
+    trace = diagonal.sum(-1, keepdim=True).clamp_min_(LEAST_NORM)
     z = beta * (3.0 - diagonal / trace)
     norm = trace.sqrt()
     left, right = (-beta / (trace * norm) * z).to(x.dtype).unsqueeze(-1), z.square().to(x.dtype).unsqueeze(-2)
