@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import io
+import json
 import math
 import tarfile
 import time
@@ -29,7 +30,7 @@ from lm_pretraining import make_optimizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from hf_sai import optimizer_state_bytes
+import hf_sai
 
 
 LORA_RANK, HELD_OUT_REVIEWS, REVIEW_TOKENS = 8, 800, 40
@@ -91,7 +92,7 @@ def fit(
         model.zero_grad()
     seconds = round(time.process_time() - start, 1)
     parts = getattr(optimizer, "optimizers", [optimizer])
-    return {"losses": losses, "seconds": seconds, "state_bytes": sum(map(optimizer_state_bytes, parts))}
+    return {"losses": losses, "seconds": seconds, "state_bytes": sum(map(hf_sai.optimizer_state_bytes, parts))}
 
 
 def autocast() -> torch.autocast:
@@ -189,36 +190,70 @@ def lora_config(task_type: str) -> LoraConfig:
     return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=task_type)
 
 
-# ---- the small models of the other benchmarks ----
+# ---- the small models of the other benchmarks, and what their result files hold ----
+
+Runs = dict[str, dict[tuple[float, int], dict[str, Any]]]  # by method; by rate and seed
+DIGITS_DECAY = 1e-3
 
 
 def byte_llama(method: Method, lr: float, seed: int, *, batch_size: int = 16, steps: int = 200) -> dict[str, Any]:
     """From random weights: 2 layers, 64 wide, so many blocks of 128 bytes of code a step."""
     found = lm_pretraining.train(method.name, lr, seed, steps, 64, 2, batch_size=batch_size, **method.options)
-    return {"score": found["final"], "seconds": found["seconds"], "losses": [loss for _, loss in found["curve"]]}
+    return {"score": found["final"], "seconds": found["seconds"]}
+
+
+def byte_llama_runs() -> Runs:
+    """Of `lm_pretraining.py`."""
+    found: Runs = {}
+    for name, result in _results("lm_pretraining_64x2_200")["results"].items():
+        trials = {(float(lr), 0): {"score": loss} for lr, loss in result["trials"].items()}
+        runs = {(run["lr"], run["seed"]): {"score": run["final"], "seconds": run["seconds"]} for run in result["runs"]}
+        found[name] = {**trials, **runs}
+    return found
 
 
 def digits(method: Method, lr: float, seed: int) -> dict[str, Any]:
-    """The ViT of `lr_wd_grid.py` from random weights, 300 steps of 64 digits, without decay."""
-    lr_wd_grid.OPTIMIZERS["real"] = (method.label, lambda model, rate, decay: method.make(model, rate))
-    found = lr_wd_grid.train("vit", "real", lr, 0.0, seed, 300)
-    return {"score": found["accuracy"] / 100, "seconds": found["seconds"], "losses": []}
+    """The ViT of `lr_wd_grid.py` from random weights: 300 steps of 64 digits."""
+    made = functools.partial(hf_sai.create_optimizer, method.name, **method.options)
+    lr_wd_grid.OPTIMIZERS["real"] = (method.label, lambda model, rate, decay: made(model, rate, decay))
+    found = lr_wd_grid.train("vit", "real", lr, DIGITS_DECAY, seed, 300)
+    return {"score": found["accuracy"] / 100, "seconds": found["seconds"]}
 
 
-def demo_lora(method: Method, lr: float, seed: int) -> dict[str, Any]:
-    """The adapter of `lora_finetuning.py`, r = 8: a byte LLaMA that learned code, and then reads documentation."""
-    set_seed(seed)
-    model = get_peft_model(_byte_base(), lora_config("CAUSAL_LM"))
-    texts = lora_finetuning.documentation()
-    optimizer = method.make(model, lr)
+def digits_runs() -> Runs:
+    """Of `lr_wd_grid.py`, at the decay that [`digits`] has."""
+    found: Runs = {}
+    for run in _results("lr_wd_grid_vit_300")["runs"]:
+        if run["weight_decay"] == DIGITS_DECAY:
+            score = {"score": run["accuracy"] / 100, "seconds": run["seconds"]}
+            found.setdefault(run["optimizer"], {})[run["lr"], run["seed"]] = score
+    return found
+
+
+def small_lora(method: Method, lr: float, seed: int, *, rank: int) -> dict[str, Any]:
+    """The adapter of `lora_finetuning.py`: a byte LLaMA that learned code reads documentation."""
+    lora_finetuning.METHODS["real"] = (method.make, ())
     start = time.process_time()
-    lora_finetuning.train(model, optimizer, texts[0], 100, seed, lora_finetuning.ADAPTER_BLOCKS)
-    seconds = round(time.process_time() - start, 1)
-    return {"score": lora_finetuning.held_out(model, texts[1]), "seconds": seconds, "losses": []}
+    texts = lora_finetuning.documentation()
+    loss = lora_finetuning.adapt(lora_finetuning.base_model(600), "real", rank, lr, seed, 100, texts)
+    return {"score": loss, "seconds": round(time.process_time() - start, 1)}
 
 
-def _byte_base() -> Any:
-    return lora_finetuning.base_model(600)
+def small_lora_runs(rank: int) -> Runs:
+    """Of `lora_finetuning.py`."""
+    labels = {"AdamW": "adamw", "SGD-SaI": "sgd_sai", "SGD-SaI, paired": "paired", "SWAN, b_only": "swan"}
+    found: Runs = {}
+    for label, result in _results("lora_finetuning")["ranks"][str(rank)].items():
+        if label in labels:
+            trials = {(float(lr), 0): {"score": loss} for lr, loss in result["trials"].items()}
+            seeds = {(result["lr"], seed): {"score": loss} for seed, loss in enumerate(result["losses"])}
+            found[labels[label]] = {**trials, **seeds}
+    return found
+
+
+def _results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((common.RESULTS / f"{name}.json").read_text())
+    return found
 
 
 # ---- Gemma 3 270M ----

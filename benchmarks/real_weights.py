@@ -49,6 +49,7 @@ class Task:
     rates: dict[str, tuple[float, ...]]
     documented: dict[str, float]
     seeds: int = 3
+    borrow: Callable[[], real_tasks.Runs] | None = None  # runs of another benchmark's result file
 
     def best(self, scores: dict[float, float]) -> float:
         """The rate with the best score."""
@@ -60,15 +61,6 @@ _FULL = {"adamw": LOW, "adafactor": LOW, "sgd_sai": MIDDLE, "rms": LOW, "swan": 
 _LORA = {
     **dict.fromkeys(("adamw", "adafactor", "muon", "rms"), LOW_MIDDLE),
     **dict.fromkeys(("sgd_sai", "paired", "paired_rms", "swan", "swan_both"), MIDDLE),
-}
-_SMALL = {"adamw": MIDDLE, "sgd_sai": MIDDLE_HIGH, "rms": MIDDLE, "swan": MIDDLE}
-_SMALL_LORA = {
-    "adamw": MIDDLE_HIGH,
-    "sgd_sai": HIGH,
-    "rms": MIDDLE,
-    "paired": MIDDLE_HIGH,
-    "paired_rms": MIDDLE_HIGH,
-    "swan": MIDDLE,
 }
 TASKS = {
     "minilm": Task(
@@ -97,23 +89,29 @@ TASKS = {
         "byte LLaMA from scratch",
         "loss",
         real_tasks.byte_llama,
-        _SMALL,
-        {"sgd_sai": 1e-2, "rms": 3e-3, "swan": 1e-3},
+        {"adamw": (), "sgd_sai": (), "rms": MIDDLE, "swan": ()},
+        {"sgd_sai": 1e-2, "rms": 3e-3, "swan": 3e-3},
+        borrow=real_tasks.byte_llama_runs,
     ),
     "digits": Task(
         "digits ViT from scratch",
         "accuracy",
         real_tasks.digits,
-        _SMALL,
-        {"sgd_sai": 1e-2, "rms": 1e-2, "swan": 1e-3},
+        {"adamw": (), "sgd_sai": (), "rms": MIDDLE, "swan": ()},
+        {"sgd_sai": 1e-2, "rms": 3e-3, "swan": 1e-3},
+        borrow=real_tasks.digits_runs,
     ),
-    "demo_lora": Task(
-        "LoRA of the demo, r = 8",
-        "loss",
-        real_tasks.demo_lora,
-        _SMALL_LORA,
-        {"sgd_sai": 1e-2, "paired": 1e-2, "paired_rms": 1e-2, "swan": 3e-3},
-    ),
+    **{
+        f"small_lora_{rank}": Task(
+            f"LoRA of the demo, r = {rank}",
+            "loss",
+            functools.partial(real_tasks.small_lora, rank=rank),
+            {"adamw": (), "sgd_sai": (), "rms": MIDDLE, "paired": (), "paired_rms": MIDDLE_HIGH, "swan": ()},
+            {"paired": paired, "paired_rms": paired, "swan": swan},
+            borrow=functools.partial(real_tasks.small_lora_runs, rank),
+        )
+        for rank, paired, swan in ((4, 1e-2, 3e-3), (16, 3e-3, 1e-3))
+    },
     **{
         f"batch_{size}": Task(
             f"byte LLaMA from scratch, 250 k bytes, batch {size}",
@@ -121,6 +119,7 @@ TASKS = {
             functools.partial(real_tasks.byte_llama, batch_size=size, steps=250_000 // (128 * size)),
             {"adamw": MIDDLE, "sgd_sai": MIDDLE, "swan": MIDDLE},
             {},
+            seeds=1,
         )
         for size in (1, 4, 16)
     },
@@ -132,6 +131,20 @@ def setting_of(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
     return {"task": task, "method": method, "lr": lr, "seed": seed}
 
 
+@functools.cache
+def borrowed(task: str) -> real_tasks.Runs:
+    """Runs of another benchmark's result file."""
+    borrow = TASKS[task].borrow
+    return borrow() if borrow else {}
+
+
+def known(task: str, method: str, lr: float, seed: int) -> dict[str, Any] | None:
+    """A run that was made, here or in another benchmark."""
+    there = borrowed(task).get(method, {}).get((lr, seed))
+    found: dict[str, Any] | None = there or kept(NAME, setting_of(task, method, lr, seed))
+    return found
+
+
 def one_run(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
     """One training, or what it gave before; Gemma's in a process of its own, whose peak memory is noted."""
 
@@ -141,6 +154,9 @@ def one_run(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(measured, (task, method, lr, seed))
 
+    there = known(task, method, lr, seed)
+    if there is not None:
+        return there
     found: dict[str, Any] = finished(NAME, setting_of(task, method, lr, seed), run)
     place = f"{task:<12} {method:<11} lr {lr:<8.2g} seed {seed}"
     print(f"  {place}: {found['score']:.4f} ({found['seconds']:.0f} s)", flush=True)
@@ -164,7 +180,8 @@ def next_rate(rates: Sequence[float], best: float) -> float | None:
 def rates_of(task: str, method: str) -> list[float]:
     """Those that are named, and the documented one."""
     documented = TASKS[task].documented.get(method)
-    return list(dict.fromkeys([*TASKS[task].rates[method], *([documented] if documented else [])]))
+    elsewhere = [lr for lr, seed in borrowed(task).get(method, {}) if seed == 0]
+    return list(dict.fromkeys([*TASKS[task].rates[method], *([documented] if documented else []), *elsewhere]))
 
 
 def tune(task: str, method: str) -> None:
@@ -177,16 +194,10 @@ def tune(task: str, method: str) -> None:
 def collected(task: str, method: str) -> dict[str, Any] | None:
     """What was trained of a method: trials by rate, and the runs of the best rate and of the documented one."""
 
-    def look(lr: float, seed: int) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = kept(NAME, setting_of(task, method, lr, seed))
-        return found
-
+    look = functools.partial(known, task, method)
     about, rates = TASKS[task], rates_of(task, method)
     scores = {lr: run["score"] for lr in rates if (run := look(lr, 0))}
-    while scores and (lr := next_rate(list(scores), about.best(scores))) is not None:
-        run = look(lr, 0)
-        if run is None:
-            break
+    while scores and (lr := next_rate(list(scores), about.best(scores))) is not None and (run := look(lr, 0)):
         scores[lr] = run["score"]
     if not scores:
         return None
@@ -226,6 +237,7 @@ def task_table(task: str, results: dict[str, Any]) -> str:
     """Best first."""
     unit = TASKS[task].unit
     sign = -1 if unit == "accuracy" else 1
+    timed = all("seconds" in run for result in results.values() for run in best_runs(result))
     rows = []
     for method, result in sorted(results.items(), key=lambda item: sign * mean(best_runs(item[1]))):
         runs = best_runs(result)
@@ -238,14 +250,15 @@ def task_table(task: str, results: dict[str, Any]) -> str:
                 spread(runs),
                 *([f"{state / 1e6:.2f} MB"] if state is not None else []),
                 *([f"{peak / 1e9:.2f} GB"] if peak is not None else []),
-                f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+                *([f"{statistics.mean(run['seconds'] for run in runs):.0f}"] if timed else []),
                 ", ".join(f"{written_rate(float(lr))}: {score:.3f}" for lr, score in result["trials"].items()),
             ]
         )
     example = best_runs(next(iter(results.values())))[0]
     header = ["optimizer", "best rate", unit, "over the seeds"]
     header += ["state"] * ("state_bytes" in example) + ["peak of the process"] * ("peak_bytes" in example)
-    return markdown_table([*header, "seconds", f"rate: {unit} on seed 0"], rows)
+    header += ["seconds"] * timed
+    return markdown_table([*header, f"rate: {unit} on seed 0"], rows)
 
 
 def verdict(unit: str, at: float, best: float) -> str:
