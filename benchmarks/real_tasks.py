@@ -49,10 +49,50 @@ class Method:
     label: str
     name: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bounds: tuple[str, ...] = ()
 
     def make(self, model: torch.nn.Module, lr: float) -> Any:
         """For a model."""
-        return make_optimizer(self.name, model, lr, **self.options)
+        optimizer = make_optimizer(self.name, model, lr, **self.options)
+        return Bounded(optimizer, self.bounds) if self.bounds else optimizer
+
+
+class Bounded:
+    """
+    What `normalize="rms"` may lack: bounds on the gradients of each tensor, before the optimizer sees them.
+
+    With `c` for the RMS over all elements of the first gradients, each times its tensor's root of the size: `"first"`
+    multiplies a tensor's gradients by `c` over its first norm where that is larger, so that its first update has an
+    RMS of `lr` at most. `"later"` divides a gradient by its norm, over its first norm or `c`, where that is above 1.
+    `"whole"` clips all gradients together at the norm of the first.
+    """
+
+    def __init__(self, optimizer: Any, bounds: tuple[str, ...]) -> None:
+        self.optimizers, self.bounds = [optimizer], bounds
+        self.param_groups = optimizer.param_groups
+        self.first: dict[torch.Tensor, float] = {}
+        self.divisor = self.whole = 0.0
+
+    def step(self) -> None:
+        """Of gradients that are written in place."""
+        grads = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        norms = {param: grad.norm().item() for param, grad in grads.items()}
+        if not self.divisor:
+            moved = [(param.numel(), norm) for param, norm in norms.items() if norm]
+            self.divisor = math.sqrt(sum(n * norm**2 for n, norm in moved) / sum(n for n, _ in moved))
+        whole = math.hypot(*norms.values())
+        self.whole = self.whole or whole
+        for param, norm in norms.items():
+            if not norm:
+                continue
+            first = self.first.setdefault(param, norm)
+            if "first" in self.bounds:
+                grads[param].mul_(min(1.0, self.divisor / first))
+            if "later" in self.bounds:
+                grads[param].mul_(min(1.0, max(first, self.divisor) / norm))
+            if "whole" in self.bounds:
+                grads[param].mul_(min(1.0, self.whole / whole))
+        self.optimizers[0].step()
 
 
 METHODS = {
@@ -60,6 +100,10 @@ METHODS = {
     "adafactor": Method("Adafactor", "adafactor"),
     "sgd_sai": Method("SGD-SaI", "sgd_sai"),
     "rms": Method("SGD-SaI, rms", "sgd_sai", {"normalize": "rms"}),
+    "rms_first": Method("SGD-SaI, rms, first steps bounded", "sgd_sai", {"normalize": "rms"}, ("first",)),
+    "rms_later": Method("SGD-SaI, rms, later steps bounded", "sgd_sai", {"normalize": "rms"}, ("later",)),
+    "rms_both": Method("SGD-SaI, rms, all steps bounded", "sgd_sai", {"normalize": "rms"}, ("first", "later")),
+    "rms_whole": Method("SGD-SaI, rms, clipped at the first norm", "sgd_sai", {"normalize": "rms"}, ("whole",)),
     "paired": Method("SGD-SaI, paired", "sgd_sai", {"lora_policy": "paired"}),
     "paired_rms": Method("SGD-SaI, paired, rms", "sgd_sai", {"lora_policy": "paired", "normalize": "rms"}),
     "swan": Method("SWAN", "swan"),

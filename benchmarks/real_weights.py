@@ -58,8 +58,10 @@ class Task:
 
 
 _FULL = {"adamw": LOW, "adafactor": LOW, "sgd_sai": MIDDLE, "rms": LOW, "swan": LOW_MIDDLE, "muon": LOW}
+_FULL |= {"rms_later": LOW, "rms_whole": (1e-4, 3e-4)}
 _LORA = {
     **dict.fromkeys(("adamw", "adafactor", "muon", "rms"), LOW_MIDDLE),
+    **dict.fromkeys(("rms_first", "rms_later", "rms_both", "rms_whole"), (1e-3,)),  # AdamW's best
     **dict.fromkeys(("sgd_sai", "paired", "paired_rms", "swan", "swan_both"), MIDDLE),
 }
 TASKS = {
@@ -75,7 +77,7 @@ TASKS = {
         "accuracy",
         functools.partial(real_tasks.minilm, lora=True),
         _LORA,
-        {"paired": 1e-3, "paired_rms": 1e-3, "swan": 1e-3},
+        {"paired": 3e-3, "paired_rms": 3e-3, "swan": 1e-3},
     ),
     "efficientnet": Task(
         "EfficientNet-Lite0, 3.4 M, full",
@@ -89,7 +91,7 @@ TASKS = {
         "loss",
         real_tasks.gemma,
         {"adamw": (3e-4, 1e-3, 1e-4), **dict.fromkeys(("paired", "swan", "paired_rms"), (1e-3, 3e-3, 3e-4))},
-        {"paired": 1e-3, "paired_rms": 1e-3, "swan": 1e-3},
+        {"paired": 3e-3, "paired_rms": 3e-3, "swan": 1e-3},
         seeds=1,
     ),
     "byte_llama": Task(
@@ -114,10 +116,10 @@ TASKS = {
             "loss",
             functools.partial(real_tasks.small_lora, rank=rank),
             {"adamw": (), "sgd_sai": (), "rms": MIDDLE, "paired": (), "paired_rms": MIDDLE_HIGH, "swan": ()},
-            {"paired": paired, "paired_rms": paired, "swan": swan},
+            {"paired": 3e-3, "paired_rms": 3e-3, "swan": 1e-3},
             borrow=functools.partial(real_tasks.small_lora_runs, rank),
         )
-        for rank, paired, swan in ((4, 1e-2, 3e-3), (16, 3e-3, 1e-3))
+        for rank in (4, 16)
     },
     **{
         f"batch_{size}": Task(
@@ -179,7 +181,7 @@ def measured(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
 
 def next_rate(rates: Sequence[float], best: float) -> float | None:
     """One more, where the best of them stands at an edge; rounded as the others are."""
-    if len(rates) >= MOST_RATES or best not in (min(rates), max(rates)):
+    if len(rates) in (1, MOST_RATES) or best not in (min(rates), max(rates)):
         return None
     return float(f"{best * STEP if best == max(rates) else best / STEP:.0e}")
 
