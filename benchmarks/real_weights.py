@@ -90,7 +90,7 @@ TASKS = {
         "Gemma 3 270M, LoRA",
         "loss",
         real_tasks.gemma,
-        {"adamw": (3e-4, 1e-3, 1e-4), **dict.fromkeys(("paired", "swan", "paired_rms"), (1e-3, 3e-3, 3e-4))},
+        {"adamw": (1e-3, 3e-4, 3e-3), "paired": (3e-3, 1e-3, 1e-2), "swan": (1e-3, 3e-4, 3e-3), "paired_rms": (3e-3,)},
         {"paired": 3e-3, "paired_rms": 3e-3, "swan": 1e-3},
         seeds=1,
     ),
