@@ -496,3 +496,25 @@ def test_committed_tables_of_real_weights_follow_from_their_runs(results):
 
     written = json.loads((RESULTS / "real_weights.json").read_text())
     assert real_weights.text_of(written["tasks"]) in (RESULTS / "real_weights.md").read_text()
+
+
+def test_bounds_hold_a_gradient_by_its_first_norm(results):
+    """By hand: norms of 3 and 4, then of 6 and 2, of tensors of four elements and of one."""
+    import real_tasks
+
+    def stepped(*bounds):
+        params = [torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(1))]
+        optimizer = real_tasks.Bounded(torch.optim.SGD(params, lr=1.0), bounds)
+        seen = []
+        for norms in ((3.0, 4.0), (6.0, 2.0)):
+            for param, norm in zip(params, norms, strict=True):
+                param.grad = torch.full_like(param, norm / param.numel() ** 0.5)
+            optimizer.step()
+            seen.append([param.grad.norm().item() for param in params])
+        return seen
+
+    divisor = math.sqrt((4 * 9 + 16) / 5)  # above the first norm of the first tensor
+    assert stepped("first")[0] == pytest.approx([3.0, divisor])
+    assert stepped("first")[1] == pytest.approx([6.0, 2 * divisor / 4])
+    assert stepped("later") == [pytest.approx([3.0, 4.0]), pytest.approx([divisor, 2.0])]
+    assert stepped("whole")[1] == pytest.approx([6 * 5 / math.sqrt(40), 2 * 5 / math.sqrt(40)])
