@@ -85,7 +85,7 @@ TASKS = {
         "accuracy",
         real_tasks.efficientnet,
         {"adamw": LOW_MIDDLE, "sgd_sai": MIDDLE, "rms": LOW_MIDDLE, "swan": LOW_MIDDLE},
-        {"sgd_sai": 1e-3, "rms": 3e-4, "swan": 3e-4},
+        {"sgd_sai": 1e-3, "rms": 1e-4, "swan": 3e-4},
     ),
     "gemma_lora": Task(
         "Gemma 3 270M, LoRA",
