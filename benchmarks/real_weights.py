@@ -78,7 +78,7 @@ TASKS = {
         "accuracy",
         functools.partial(real_tasks.minilm, lora=True),
         _LORA,
-        {"paired": 1e-3, "paired_rms": 1e-3, "swan": 1e-3},
+        {"paired": 1e-3, "paired_rms": 1e-3, "swan": 3e-4},
     ),
     "efficientnet": Task(
         "EfficientNet-Lite0, 3.4 M, full",
@@ -92,7 +92,7 @@ TASKS = {
         "loss",
         real_tasks.gemma,
         {"adamw": (1e-3, 3e-4, 3e-3), "paired": (3e-3, 1e-3, 1e-2), "swan": (1e-3, 3e-4, 3e-3), "paired_rms": (1e-3,)},
-        {"paired": 1e-3, "paired_rms": 1e-3, "swan": 1e-3},
+        {"paired": 1e-3, "paired_rms": 1e-3, "swan": 3e-4},
         seeds=1,
     ),
     "byte_llama": Task(
