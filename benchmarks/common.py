@@ -60,9 +60,9 @@ def finished(benchmark: str, setting: dict[str, Any], run: Callable[[], Any]) ->
 
 def kept(benchmark: str, setting: dict[str, Any]) -> Any:
     """What [`finished`] has kept of a run; `None` where it has not run."""
-    path = RUNS / f"{benchmark}.jsonl"
+    path, key = RUNS / f"{benchmark}.jsonl", _key(setting)
     lines = map(json.loads, path.read_text().splitlines() if path.is_file() else [])
-    return next((line["result"] for line in lines if line["key"] == _key(setting)), None)
+    return next((line["result"] for line in lines if line["key"] == key), None)
 
 
 def _key(setting: dict[str, Any]) -> str:
