@@ -217,8 +217,15 @@ def collected(task: str, method: str) -> dict[str, Any] | None:
         "lr": best,
         "documented": documented,
         "trials": {f"{lr:g}": scores[lr] for lr in sorted(scores)},
-        "runs": {f"{lr:g}": [run for seed in range(about.seeds) if (run := look(lr, seed))] for lr in chosen},
+        "runs": {
+            f"{lr:g}": [without_curve(run) for seed in range(about.seeds) if (run := look(lr, seed))] for lr in chosen
+        },
     }
+
+
+def without_curve(run: dict[str, Any]) -> dict[str, Any]:
+    """What a result file holds of a run."""
+    return {key: value for key, value in run.items() if key != "losses"}
 
 
 def mean(runs: Sequence[dict[str, Any]]) -> float:
