@@ -48,17 +48,25 @@ def finished(benchmark: str, setting: dict[str, Any], run: Callable[[], Any]) ->
 
     Kept in `benchmarks/runs/<benchmark>.jsonl`, by the whole setting and the versions; delete the file to run afresh.
     """
-    path = RUNS / f"{benchmark}.jsonl"
-    key = json.dumps({**setting, "versions": versions("torch", "hf_sai", "transformers")}, sort_keys=True)
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        kept = json.loads(line)
-        if kept["key"] == key:
-            return kept["result"]
+    found = kept(benchmark, setting)
+    if found is not None:
+        return found
     result = run()
     RUNS.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({"key": key, "result": result}) + "\n")
+    with (RUNS / f"{benchmark}.jsonl").open("a") as file:
+        file.write(json.dumps({"key": _key(setting), "result": result}) + "\n")
     return result
+
+
+def kept(benchmark: str, setting: dict[str, Any]) -> Any:
+    """What [`finished`] has kept of a run; `None` where it has not run."""
+    path, key = RUNS / f"{benchmark}.jsonl", _key(setting)
+    lines = map(json.loads, path.read_text().splitlines() if path.is_file() else [])
+    return next((line["result"] for line in lines if line["key"] == key), None)
+
+
+def _key(setting: dict[str, Any]) -> str:
+    return json.dumps({**setting, "versions": versions("torch", "hf_sai", "transformers")}, sort_keys=True)
 
 
 def command(script: str, argv: Sequence[str] | None) -> str:

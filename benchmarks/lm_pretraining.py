@@ -28,7 +28,7 @@ from typing import Any
 import common
 import torch
 from common import command, device_name, finished, machine, markdown_table, write_results
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import Adafactor, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 import hf_sai
 
@@ -84,6 +84,9 @@ def make_optimizer(name: str, model: torch.nn.Module, lr: float, **options: Any)
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, **options)
     if name == "muon":
         return Both(hf_sai.param_groups(model, "swan"), lr)
+    if name == "adafactor":
+        fixed = {"scale_parameter": False, "relative_step": False}  # as the Trainer sets it
+        return Adafactor(model.parameters(), lr=lr, weight_decay=0.0, **fixed)
     if name == "sgd_sai_size":
         return hf_sai.create_optimizer("sgd_sai", model, lr=lr, weight_decay=0.0, gsnr=size_scales(model), **options)
     if "table_lr_ratio" in options:
@@ -140,9 +143,9 @@ def gpt2(width: int, layers: int, seed: int) -> GPT2LMHeadModel:
 MODELS: dict[str, Callable[..., Any]] = {"llama": llama, "gpt2": gpt2}
 
 
-def batch(text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def batch(text: torch.Tensor, generator: torch.Generator, size: int = BATCH) -> torch.Tensor:
     """Blocks at random places."""
-    starts = torch.randint(0, len(text) - LENGTH, (BATCH,), generator=generator)
+    starts = torch.randint(0, len(text) - LENGTH, (size,), generator=generator)
     return torch.stack([text[start : start + LENGTH] for start in starts]).long().to(device_name())
 
 
@@ -177,9 +180,13 @@ def train(
     architecture: str = "llama",
     clip: float = 1.0,
     warm_up: float = 0.1,
+    batch_size: int = BATCH,
     **options: Any,
 ) -> dict[str, Any]:
-    """One run: the curve of held-out losses, and seconds at its points. A run that diverges ends with infinity."""
+    """
+    One run: the curve of held-out losses, each as many tokens apart, and seconds at its points. A run that diverges
+    ends with infinity.
+    """
     model = MODELS[architecture](width, layers, seed)
     optimizer = make_optimizer(name, model, lr, **options)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -191,14 +198,14 @@ def train(
         start = time.process_time()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, steps, warm_up)
-        tokens = batch(data()[0], generator)
+        tokens = batch(data()[0], generator, batch_size)
         loss = model(tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         model.zero_grad()
         total += time.process_time() - start
-        if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % (EVALUATE_EVERY * BATCH // batch_size) == 0 or step + 1 == steps:
             curve.append((step + 1, held_out_loss(model)))
             seconds.append(round(total, 2))
             if not math.isfinite(curve[-1][1]):

@@ -141,7 +141,7 @@ def _without_updates(optimizer: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def trainer_left_as_it_was(trainer: Any) -> Iterator[None]:
     """What a Trainer keeps of its steps (TRL's count tokens and collect metrics) is as before."""
-    fields = vars(trainer)
+    fields, cls = vars(trainer), type(trainer)
     before = dict(fields)
     kept = {
         name: copy.deepcopy(value)
@@ -151,6 +151,7 @@ def trainer_left_as_it_was(trainer: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        trainer.__class__ = cls  # one that we look after has another in its first training
         for name in [name for name in fields if name not in before]:
             del fields[name]
         for name, value in before.items():

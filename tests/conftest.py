@@ -96,6 +96,16 @@ def write_cards(request):
     return request.config.getoption("--write-cards")
 
 
+@pytest.fixture(autouse=True)
+def path_of_children():
+    """The launcher, which tests run in this process, leaves a path for what its script starts; the next test has none."""
+    before = os.environ.get("PYTHONPATH")
+    yield
+    os.environ.pop("PYTHONPATH", None)
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
 @pytest.fixture
 def no_picture(monkeypatch):
     """For tests that train a lot: a picture takes as long as a training here, and has tests of its own."""

@@ -323,6 +323,30 @@ def test_rms_stays_for_tensors_that_are_measured_later():
     assert row.scale == pytest.approx(row.gsnr / expected, rel=1e-5)
 
 
+def test_rms_is_that_of_the_accumulated_and_clipped_gradient():
+    torch.manual_seed(4)
+    linear = torch.nn.Linear(6, 3).double()
+    optimizer = SGDSaI(linear.named_parameters(), lr=0.01, weight_decay=0.0, normalize="rms")
+    before = torch.cat([param.detach().flatten() for param in linear.parameters()])
+    whole = [torch.zeros_like(param) for param in linear.parameters()]
+    for _ in range(3):
+        inputs = torch.randn(5, 6, dtype=torch.float64)
+        (10.0 * linear(inputs).square().sum()).backward()
+        # Of a sum of squares, by hand: 2 * 10 * output, times the input.
+        outputs = 20.0 * linear(inputs).detach()
+        whole[0] += outputs.T @ inputs
+        whole[1] += outputs.sum(0)
+    torch.nn.utils.clip_grad_norm_(linear.parameters(), 1.0)
+    optimizer.step()
+    norm = math.hypot(*(gradient.norm().item() for gradient in whole))
+    assert norm > 100
+    rows = optimizer.gsnr_statistics()
+    squares = [(row.gsnr * gradient.norm().item() / norm) ** 2 for row, gradient in zip(rows, whole, strict=True)]
+    assert optimizer.param_groups[0]["gsnr_rms"] == pytest.approx(math.sqrt(sum(squares) / 21), rel=1e-5)
+    moved = torch.cat([param.detach().flatten() for param in linear.parameters()]) - before
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.01, rel=1e-9)
+
+
 def test_rms_of_fallbacks_only_is_of_that_step():
     gate, weight = params_like((1,), (50,))
     optimizer = SGDSaI([gate, weight], lr=0.1, normalize="rms")
@@ -710,7 +734,7 @@ def test_schedulers_and_names_work():
         ({"normalize": "maximum"}, r"normalize must be one of none, max, rms but is 'maximum'"),
         ({"measure_steps": 0}, r"measure_steps must be a whole number >= 1 but is 0"),
         ({"measure_steps": 1.5}, r"measure_steps must be a whole number"),
-        ({"maximize": "False"}, r"maximize must be True or False but is 'False'"),
+        ({"maximize": "perhaps"}, r"maximize must be True or False but is 'perhaps'"),
     ],
 )
 def test_bad_options_are_refused_at_construction(options, message):

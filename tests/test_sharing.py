@@ -283,5 +283,5 @@ def test_the_choice_is_kept_out_of_the_groups_and_refused_where_it_is_none():
     param.grad = torch.randn(3, 4)
     optimizer.step()  # one process has nobody to share with
     assert param.detach().abs().max() > 0
-    with pytest.raises(ValueError, match="share_whitening must be True or False but is 'yes'"):
-        SWAN([param], share_whitening="yes")
+    with pytest.raises(ValueError, match="share_whitening must be True or False but is 'perhaps'"):
+        SWAN([param], share_whitening="perhaps")

@@ -426,7 +426,7 @@ def test_group_added_later():
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
         ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\)"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\) but is 1.0"),
-        ({"maximize": 1}, "maximize must be True or False but is 1"),
+        ({"maximize": 2}, "maximize must be True or False but is 2"),
         ({"max_batch_bytes": 0}, "max_batch_bytes must be a whole number >= 1 or None but is 0"),
     ],
 )

@@ -89,7 +89,8 @@ class SGDSaI(MeasuredScales):
             `"none"`, `"max"` or `"rms"`, one for all groups. What divides is taken over all groups and fixed at the
             end of the first step that measured (of the first `measure_steps` such steps), and stays for tensors
             measured later. With `"rms"` the first update has an RMS of `lr` over all elements that it moves, as Adam's
-            has, so that AdamW's learning rate is the place to start.
+            has, so that AdamW's learning rate is the place to start where a whole model is trained. Nothing bounds
+            later updates, so that adapters need `lora_policy="paired"` (docs/learning-rates.md).
         measure_steps (`int`, *optional*, defaults to 1):
             g-SNR is the mean over this many first informative gradients of each tensor. 1 is the paper.
         maximize (`bool`, *optional*, defaults to `False`):
