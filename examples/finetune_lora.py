@@ -9,7 +9,8 @@ standard library's source, then adapts it to English documentation:
 With a model and a data set of the Hub (every flag of TrainingArguments works):
 
     python examples/finetune_lora.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name roneneldan/TinyStories \
-        --learning_rate 0.1 --max_steps 500 --bf16 --push_to_hub --hub_model_id you/tiny-stories-lora
+        --optim_args lora_policy=paired --learning_rate 1e-3 --max_steps 500 --bf16 \
+        --push_to_hub --hub_model_id you/tiny-stories-lora
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from transformers import (
 import hf_sai  # makes optim="sgd_sai" valid; import it before the argument parser is built
 
 
-# The argument parser's defaults where they differ from TrainingArguments'. Learning rates of Adam (5e-5) are far too
-# small for SGD-SaI: start at 0.1 for LoRA and at 0.01 for full training.
+# The argument parser's defaults where they differ from TrainingArguments'. The rate is for the small model that is made
+# here: on pretrained weights start at 1e-3 with lora_policy=paired.
 DEFAULTS = {
     "output_dir": "demo_output/lora",
     "optim": "sgd_sai",
