@@ -35,8 +35,8 @@ from transformers import (
 import hf_sai  # makes optim="sgd_sai" valid; import it before the argument parser is built
 
 
-# The argument parser's defaults where they differ from TrainingArguments'. The rate is for the small model that is made
-# here: on pretrained weights start at 1e-3 with lora_policy=paired.
+# The argument parser's defaults where they differ from TrainingArguments'. The rate is for the small model that is
+# made here: on pretrained weights start at 1e-3 with lora_policy=paired.
 DEFAULTS = {
     "output_dir": "demo_output/lora",
     "optim": "sgd_sai",

@@ -98,7 +98,7 @@ def write_cards(request):
 
 @pytest.fixture(autouse=True)
 def path_of_children():
-    """The launcher, which tests run in this process, leaves a path for what its script starts; the next test has none."""
+    """The launcher, which tests run in this process, leaves a path for what its script starts: for this test only."""
     before = os.environ.get("PYTHONPATH")
     yield
     os.environ.pop("PYTHONPATH", None)
