@@ -186,7 +186,7 @@ class SaITrainerMixin(ReportingMixin):
             private (`bool`, *optional*): Visibility where the repository has to be made.
             create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
             *args: The host's own.
-            **kwargs: The host's own; what it does not know goes to [`SaITrainerMixin.create_model_card`].
+            **kwargs: The host's own; what it does not know goes to `create_model_card`.
 
         Returns:
             `huggingface_hub.CommitInfo`: Of the commit; `None` where it failed. With `blocking=False` a future of it.
