@@ -87,18 +87,18 @@ def main() -> None:
         spectrum.plot(before, after, ".", ms=4, color=f"C{index}", label=label)
         place = step[step_row]["to_muon"], loss[loss_row]
         price.plot(*place, "o", color=f"C{index}")
-        left = place[0] > 3  # inside the frame
-        below = -14 if label == "polar_express" else 5
+        left = place[0] > 1.5  # inside the frame
+        below = -16 if label == "polar_express" else 5
         where = {"xytext": (-6 if left else 6, below), "ha": "right" if left else "left"}
         price.annotate(label, place, textcoords="offset points", fontsize=9, **where)
     price.plot(1.0, loss["Muon + AdamW"], "k^")
-    where = {"xytext": (-8, -4), "ha": "right"}
-    price.set_xlim(left=-0.6)
+    where = {"xytext": (8, -4), "ha": "left"}
+    price.set_xlim(left=0.0)
     price.annotate("Muon + AdamW", (1.0, loss["Muon + AdamW"]), textcoords="offset points", fontsize=9, **where)
     for name, text in (("SWAN, svd", "svd"), ("AdamW", "AdamW")):
         price.axhline(loss[name], color="#888888", lw=1, ls="--")
         price.annotate(
-            text, (0.6, loss[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+            text, (0.9, loss[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
         )
     spectrum.set_xscale("log")
     spectrum.set_xlabel("singular value of the normalised gradient, as a share of the largest")
