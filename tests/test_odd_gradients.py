@@ -256,7 +256,7 @@ def test_clipping_to_a_norm_that_is_not_finite_moves_no_tensor_that_has_one(bad)
 @pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
 def test_on_a_device_the_norm_becomes_the_flag_of_all(bad, monkeypatch):
     monkeypatch.setattr(finite, "is_known_at_once", lambda device: False)
-    monkeypatch.setattr(finite, "_flags", lambda gradients: pytest.fail("all gradients were read"))
+    monkeypatch.setattr(finite, "flags_of", lambda gradients: pytest.fail("all gradients were read"))
     params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (5,))]
     for param in params:
         param.grad = torch.randn_like(param)

@@ -77,14 +77,15 @@ def _noting(total_norm: Callable[..., Tensor]) -> Any:
 
 def _keeping(clip: Callable[..., None]) -> Any:
     """As `_clip_grads_with_norm_`, which multiplies by at most 1: gradients that have this norm keep it."""
+    signature = inspect.signature(clip)
 
     @functools.wraps(clip)
     def kept(*args: Any, **kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return clip(*args, **kwargs)
-        parameters, bound, norm, *rest = _arguments(clip, args, kwargs)
-        gradients = [param.grad for param in parameters if param.grad is not None and float(bound) >= 0.0]
-        same = [gradient for gradient in gradients if norm_with(gradient) is norm]
+        parameters, bound, norm, *rest = _arguments(signature, args, kwargs)
+        gradients = [param.grad for param in parameters if param.grad is not None]
+        same = [gradient for gradient in gradients if norm_with(gradient) is norm] if float(bound) >= 0.0 else []
         clip(parameters, bound, norm, *rest)
         for gradient in same:
             gradient._norm_with = (norm, gradient._version)
@@ -93,10 +94,12 @@ def _keeping(clip: Callable[..., None]) -> Any:
 
 
 def _asking(clip: Callable[..., Any]) -> Any:
+    signature = inspect.signature(clip)
+
     @functools.wraps(clip)
     def asked(*args: Any, **kwargs: Any) -> Any:
-        parameters, bound, *rest = _arguments(clip, args, kwargs)
-        if math.isfinite(bound):  # the Trainer asks for the norm by a bound of infinity
+        parameters, bound, *rest = _arguments(signature, args, kwargs)
+        if _guarded and math.isfinite(bound):  # the Trainer asks for the norm by a bound of infinity
             _refuse_late(parameters)
         return clip(parameters, bound, *rest)
 
@@ -104,9 +107,9 @@ def _asking(clip: Callable[..., Any]) -> Any:
     return asked
 
 
-def _arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
+def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> list[Any]:
     """What a function was called with, in its order; parameters as a list, which can be read more than once."""
-    parameters, *rest = inspect.signature(function).bind(*args, **kwargs).args
+    parameters, *rest = signature.bind(*args, **kwargs).args
     return [[parameters] if isinstance(parameters, Tensor) else list(parameters), *rest]
 
 

@@ -61,13 +61,11 @@ def find_not_finite(gradients: Sequence[Tensor], ranks: tuple[Any, torch.device]
         if ranks is None and isinstance(place, torch.device) and is_known_at_once(place):
             found.bad.update(indices[i] for i in _bad_ones(there))
             continue
-        flags = _flags(there)
+        flags = flags_of(there)
         if ranks is not None:
-            flags = _over_ranks(flags, [ranks[0]], ranks[1])
+            flags = over_ranks(flags, [ranks[0]], ranks[1])
         elif not isinstance(place, torch.device):
-            # Under FSDP2's CPU offload the ranks can only talk on their devices.
-            groups = [place.get_group(dim) for dim in range(place.ndim)]
-            flags = _over_ranks(flags, groups, torch.device(place.device_type))
+            flags = over_ranks(flags, *ranks_of(place))
         _take(found, indices, flags)
     return found
 
@@ -99,8 +97,20 @@ def _take(found: Found, indices: list[int], flags: Tensor) -> None:
     found.on_device.update(dict.fromkeys(indices, flags[0] if len(flags) == 1 else flags.amax()))
 
 
-def _over_ranks(flags: Tensor, groups: Sequence[Any], device: torch.device) -> Tensor:
-    """1.0 where it is so on any rank."""
+def ranks_of(mesh: Any) -> tuple[list[Any], torch.device]:
+    """A mesh's groups, one for each dimension, and its device: under CPU offload the ranks can only talk there."""
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)], torch.device(mesh.device_type)
+
+
+def over_ranks(flags: Tensor, groups: Sequence[Any], device: torch.device) -> Tensor:
+    """
+    Not 0 where a flag is not 0 on any rank: one small collective for each group.
+
+    Args:
+        flags (`torch.Tensor`): `[k]`, of this rank.
+        groups (sequence of process groups): Of the ranks.
+        device (`torch.device`): On which they talk.
+    """
     there = flags.to(device)
     for group in groups:
         torch.distributed.all_reduce(there, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -117,7 +127,7 @@ def is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _flags(gradients: list[Tensor]) -> Tensor:
+def flags_of(gradients: list[Tensor]) -> Tensor:
     """`[k]` float32, of gradients of one dtype: 1.0 for one with inf or NaN; 0.0 for one without elements."""
     first = gradients[0]
     if is_known_at_once(first.device):

@@ -123,17 +123,17 @@ def batches_of(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
 
 def _chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
     param = matrices[0].param
-    bound = min(batch_bytes(matrix) for matrix in matrices)
+    bound = min(batch_bytes(matrix.group, matrix.param.device) for matrix in matrices)
     ranks = sharding_of(param).ranks if is_sharded(param) else 1
     size = max(1, bound // max(1, matrices[0].extra_bytes)) * ranks
     for start in range(0, len(matrices), size):
         yield matrices[start : start + size]
 
 
-def batch_bytes(matrix: Matrix) -> int:
+def batch_bytes(group: dict[str, Any], device: torch.device) -> int:
     """The bound on the extra memory of whitening."""
-    default = CPU_BATCH_BYTES if matrix.param.device.type == "cpu" else ACCELERATOR_BATCH_BYTES
-    return int(matrix.group["max_batch_bytes"] or default)
+    default = CPU_BATCH_BYTES if device.type == "cpu" else ACCELERATOR_BATCH_BYTES
+    return int(group["max_batch_bytes"] or default)
 
 
 def whiten(batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -100,20 +100,6 @@ def moved(values: Tensor, device: torch.device | str) -> Tensor:
     return values if values.device.type == torch.device(device).type else values.to(device)
 
 
-def true_everywhere(flags: Tensor, mesh: Any) -> Tensor:
-    """
-    Flags that are true on all ranks: one small collective per dimension of the mesh.
-
-    Args:
-        flags (`torch.Tensor`): `[k]`, of this rank.
-        mesh (`DeviceMesh`): The ranks.
-    """
-    counts = moved(flags.to(torch.int32), mesh.device_type)
-    for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MIN, group=mesh.get_group(dim))
-    return moved(counts.bool(), flags.device)
-
-
 def sharding_of(param: Tensor) -> Sharding:
     """
     The sharding of a DTensor.

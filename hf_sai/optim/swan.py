@@ -19,22 +19,12 @@ from torch.optim.optimizer import ParamsT
 from .adam_update import AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .checks import check_flag, from_text, refuse_unknown
-from .matrices import (
-    ACCELERATOR_BATCH_BYTES,
-    BYTES_PER_ELEMENT,
-    CPU_BATCH_BYTES,
-    Batch,
-    Matrix,
-    batches_of,
-    directions,
-    move,
-    scaled,
-    whiten,
-)
+from .finite import over_ranks, ranks_of
+from .matrices import BYTES_PER_ELEMENT, Batch, Matrix, batch_bytes, batches_of, directions, move, scaled, whiten
 from .precision import undisturbed
 from .rounding import Rounding
 from .routing import ADAM, Route, complete_routes, layout_of
-from .sharding import sharding_of, true_everywhere
+from .sharding import sharding_of
 from .sharing import differ, ranks, whiten_sharded, whiten_shared
 from .swan_options import FROM_TEXT, SAVED_KEYS, check_options
 from .tensors import LIST_NUMEL, buffer_dtype, check_gradient, gradient_of, is_sharded, local
@@ -321,7 +311,9 @@ class SWAN(NamedOptimizer):
         flags = size.isfinite()
         shared = mesh is None and self._shares(names, size)
         states = [self.state[matrix.param] for matrix in ordered]
-        finite = self._tell_of(names, flags if mesh is None else true_everywhere(flags, mesh), states)
+        if mesh is not None:
+            flags = over_ranks(flags.logical_not().float(), *ranks_of(mesh)) == 0.0
+        finite = self._tell_of(names, flags, states)
         counts = [len(batch) for batch in batches]
         split = [None] * len(batches) if finite is None else finite.split(counts)
         size = as_divisors(size)
@@ -406,8 +398,7 @@ def _directions_of(group: dict[str, Any], route: str, grads: Tensor) -> Tensor:
 
 def _elements(group: dict[str, Any], device: torch.device) -> int:
     """That are whitened at once."""
-    default = CPU_BATCH_BYTES if device.type == "cpu" else ACCELERATOR_BATCH_BYTES
-    return int(group["max_batch_bytes"] or default) // BYTES_PER_ELEMENT
+    return batch_bytes(group, device) // BYTES_PER_ELEMENT
 
 
 def _adam(group: dict[str, Any], batch: AdamBatch, rounding: Rounding | None, found: Tensor | None) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .finite import flags_of, over_ranks
 from .routing import ADAM
 from .tensors import gradient_of
 from .zero import ZeroPieces
@@ -77,7 +78,8 @@ def move_pieces(
     if not found:
         return to_adam
     gradients = [gradient_of(param) for _, _, param in found]
-    flags = finite_everywhere(gradients, pieces)
+    group, device = pieces.ranks()
+    flags = over_ranks(flags_of(gradients), [group], device) == 0.0
     names = [optimizer._name(group, index) for group, index, _ in found]
     optimizer._tell_of(names, flags, [optimizer.state[param] for _, _, param in found])
     matrices = []
@@ -93,15 +95,6 @@ def move_pieces(
     bound = min(elements(matrix.group, pieces.zero.device()) for matrix in matrices)
     whiten_pieces(matrices, pieces, whiten, bound)
     return to_adam
-
-
-def finite_everywhere(gradients: list[Tensor], pieces: ZeroPieces) -> Tensor:
-    """`[len(gradients)]`: whether the whole gradients are finite, on all ranks alike; one collective."""
-    zero = torch.zeros((), device=gradients[0].device)
-    sizes = [torch.linalg.vector_norm(each, ord=float("inf")) if each.numel() else zero for each in gradients]
-    flags = torch.stack(sizes).isfinite().to(device=pieces.zero.device(), dtype=torch.int32)
-    dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=pieces.zero.process_group)
-    return flags.bool().to(gradients[0].device)
 
 
 def whiten_pieces(matrices: list[PieceOfMatrix], pieces: ZeroPieces, whiten: Whiten, bound: int) -> None:
