@@ -85,6 +85,15 @@ class GSNRCallback(TrainerCallback):
         # Where a trainer that knows it resumes from; the run's own folder may be another then.
         self.resumed_from: str | os.PathLike[str] | None = None
 
+    def resume_from(self, checkpoint: str | os.PathLike[str] | bool | None) -> None:
+        """
+        Has the report of a resumed run keep what a checkpoint's says of the measurement.
+
+        Args:
+            checkpoint (`str`, path or `bool`, *optional*): As `train(resume_from_checkpoint=...)` gets it.
+        """
+        self.resumed_from = checkpoint if isinstance(checkpoint, (str, os.PathLike)) else None
+
     @property
     def report(self) -> GSNRReport | None:
         """The newest; `None` before something was measured."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and work that may fail without ending a training."""
+"""Files that are whole or not there, work that may fail without ending a training, and what a user switches off."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def is_switched_off(variable: str) -> bool:
+    """Whether the user has set an environment variable of ours to 0, false, no or off."""
+    return os.environ.get(variable, "").lower() in ("0", "false", "no", "off")
 
 
 def write_whole(path: Path, content: bytes) -> None:

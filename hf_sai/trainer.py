@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +16,7 @@ import trainer_patches
 
 from .callback import GSNRCallback
 from .config import SaIConfig
-from .files import warning_instead
+from .files import is_switched_off, warning_instead
 from .hub.card import back_on_error, card_aside, keep_card, read_card, update_card
 from .hub.push import HostPushes
 from .hub.results import plain
@@ -167,8 +166,7 @@ class SaITrainerMixin(ReportingMixin):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the host's; a resumed run's report keeps what the checkpoint's says of the measurement."""
-        given = isinstance(resume_from_checkpoint, (str, os.PathLike))
-        self.gsnr_callback.resumed_from = resume_from_checkpoint if given else None
+        self.gsnr_callback.resume_from(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -255,7 +253,7 @@ def look_after(trainer: Any, resume_from_checkpoint: Any = None) -> None:
             from its own and has that one's name.
         resume_from_checkpoint (`str` or `bool`, *optional*): As `train()` got it.
     """
-    if os.environ.get("HF_SAI_REPORT", "").lower() in ("0", "false", "no", "off") or not trains_ours(trainer):
+    if is_switched_off("HF_SAI_REPORT") or not trains_ours(trainer):
         return
     with warning_instead(logger, "There will be no report of this training; the training is not concerned."):
         if not isinstance(trainer, ReportingMixin):
@@ -266,8 +264,7 @@ def look_after(trainer: Any, resume_from_checkpoint: Any = None) -> None:
             trainer.gsnr_callback = callbacks[0]
             host: Any = type(trainer)
             trainer.__class__ = _reporting(host)
-        given = isinstance(resume_from_checkpoint, (str, os.PathLike))
-        trainer.gsnr_callback.resumed_from = resume_from_checkpoint if given else None
+        trainer.gsnr_callback.resume_from(resume_from_checkpoint)
 
 
 @functools.cache

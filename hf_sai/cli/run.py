@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 
+from ..files import is_switched_off
+
 
 if TYPE_CHECKING:
     from ..stand_in import Replacement
@@ -145,7 +147,7 @@ def _reach_children() -> None:
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "startup")
     path = os.environ.get("PYTHONPATH")
     before = [entry for entry in path.split(os.pathsep) if entry != folder] if path else []
-    if os.environ.get("HF_SAI_CHILDREN", "").lower() not in ("0", "false", "no", "off"):
+    if not is_switched_off("HF_SAI_CHILDREN"):
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, *before])
 
 
