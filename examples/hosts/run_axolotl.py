@@ -8,16 +8,10 @@ axolotl's own training module on a tiny model: full and LoRA, both optimizers, a
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-import tiny
-
-
-RATES = {"sgd_sai": 1e-2, "swan": 3e-3}
-OPTIONS = {("sgd_sai", "lora"): "lora_policy=paired", ("swan", "lora"): "lora_whitening=both"}
-STEPS = 20
+from tiny import OPTIONS, RATES, STEPS, call, run
 
 
 def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
@@ -51,30 +45,18 @@ def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
     return found
 
 
-def train(folder: Path, name: str, **given: object) -> None:
+def train(folder: Path, optim: str, kind: str, name: str, middle: Path | None) -> None:
     """axolotl's training module, under our launcher."""
     import yaml
 
+    given = {**settings(folder, optim, kind), "output_dir": str(folder / name)}
+    if middle is not None:
+        given["resume_from_checkpoint"] = str(middle)
     path = folder / f"{name}.yml"
-    path.write_text(yaml.safe_dump({**given, "output_dir": str(folder / name)}))
+    path.write_text(yaml.safe_dump(given))
     command = [sys.executable, "-m", "hf_sai.run", "-m", "axolotl.cli.train", str(path)]
-    tiny.call(command, folder, AXOLOTL_DO_NOT_TRACK="1", DO_NOT_TRACK="1", ACCELERATE_USE_CPU="true")
-
-
-def main(folder: Path) -> None:
-    tiny.write_model(folder / "model")
-    tiny.write_chats(folder / "data" / "chats.jsonl")
-    for optim in RATES:
-        for kind in ("full", "lora"):
-            name = f"{optim}-{kind}"
-            given = settings(folder, optim, kind)
-            train(folder, name, **given)
-            middle = str(folder / name / f"checkpoint-{STEPS // 2}")
-            train(folder, f"{name}-again", **given, resume_from_checkpoint=middle)
-            tiny.say(name, *(folder / each / f"checkpoint-{STEPS}" for each in (name, f"{name}-again")))
+    call(command, folder, AXOLOTL_DO_NOT_TRACK="1", DO_NOT_TRACK="1", ACCELERATE_USE_CPU="true")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="to write to")
-    main(parser.parse_args().folder.resolve())
+    run(__doc__, train)

@@ -8,16 +8,10 @@ ms-swift's own training module on a tiny model: full and LoRA, both optimizers, 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-import tiny
-
-
-RATES = {"sgd_sai": 1e-2, "swan": 3e-3}
-OPTIONS = {("sgd_sai", "lora"): "lora_policy=paired", ("swan", "lora"): "lora_whitening=both"}
-STEPS = 20
+from tiny import OPTIONS, RATES, STEPS, call, run
 
 
 def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
@@ -53,27 +47,14 @@ def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
     return found
 
 
-def train(folder: Path, **given: object) -> None:
+def train(folder: Path, optim: str, kind: str, name: str, middle: Path | None) -> None:
     """ms-swift's training module, under our launcher."""
-    options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    tiny.call([sys.executable, "-m", "hf_sai.run", "-m", "swift.cli.sft", *options], folder)
-
-
-def main(folder: Path) -> None:
-    tiny.write_model(folder / "model")
-    tiny.write_chats(folder / "data" / "chats.jsonl")
-    for optim in RATES:
-        for kind in ("full", "lora"):
-            name = f"{optim}-{kind}"
-            given = settings(folder, optim, kind)
-            train(folder, **given, output_dir=folder / name)
-            middle = folder / name / f"checkpoint-{STEPS // 2}"
-            train(folder, **given, output_dir=folder / f"{name}-again", resume_from_checkpoint=middle)
-            ends = [folder / each / f"checkpoint-{STEPS}" for each in (name, f"{name}-again")]
-            tiny.say(name, *ends)
+    given = {**settings(folder, optim, kind), "output_dir": folder / name}
+    if middle is not None:
+        given["resume_from_checkpoint"] = middle
+    options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    call([sys.executable, "-m", "hf_sai.run", "-m", "swift.cli.sft", *options], folder)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="to write to")
-    main(parser.parse_args().folder.resolve())
+    run(__doc__, train)

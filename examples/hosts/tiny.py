@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import offline
 
 
+RATES = {"sgd_sai": 1e-2, "swan": 3e-3}
+OPTIONS = {("sgd_sai", "lora"): "lora_policy=paired", ("swan", "lora"): "lora_whitening=both"}
+STEPS = 20
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<' + message['role'] + '>' + message['content'] + (eos_token if message['role'] == 'assistant' else '') -}}
@@ -104,3 +108,25 @@ def say(name: str, end: Path, again: Path) -> None:
     first, last = losses(end)
     equal = f"{differ(end, again)} of {len(weights(end))} tensors differ once resumed"
     print(f"{name}: loss {first:.3f} -> {last:.3f}; state of {optimizer_of(end)}; {equal}", flush=True)
+
+
+def run(about: str | None, train: Callable[[Path, str, str, str, Path | None], None]) -> None:
+    """
+    Trains by a host, full and LoRA, with both optimizers, and once more from the middle; a line on each.
+
+    Args:
+        about (`str`): What the program is, for its `--help`.
+        train (callable): Called with the folder that holds `model` and `data`, the optimizer, "full" or "lora", the
+            name of the folder to write to, and the checkpoint to resume, or `None`.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="to write to")
+    folder = parser.parse_args().folder.resolve()
+    write_model(folder / "model")
+    write_chats(folder / "data" / "chats.jsonl")
+    for optim in RATES:
+        for kind in ("full", "lora"):
+            name, again = f"{optim}-{kind}", f"{optim}-{kind}-again"
+            train(folder, optim, kind, name, None)
+            train(folder, optim, kind, again, folder / name / f"checkpoint-{STEPS // 2}")
+            say(name, *(folder / each / f"checkpoint-{STEPS}" for each in (name, again)))
