@@ -197,7 +197,7 @@ def test_kohya_under_the_launcher_has_swans_policy(policy, whitened):
 # ---- Programs with a closed list: hf-sai run --optim sgd_sai ..., and their AdamW ----
 
 
-def in_place_of_adamw(build, params, expected=lambda copies: SGDSaI(copies, lr=1e-3, weight_decay=0.0)):
+def assert_in_place_of_adamw(build, params, expected=lambda copies: SGDSaI(copies, lr=1e-3, weight_decay=0.0)):
     with Replacement.of("sgd_sai", None, []).installed():
         optimizer = build()
         assert isinstance(optimizer, SGDSaI)
@@ -209,7 +209,7 @@ def test_ai_toolkit_under_the_launcher():
     (get_optimizer,) = part_of("ai-toolkit", "toolkit/optimizer.py", "get_optimizer")
     params = list(network().parameters())
     options = {"weight_decay": 0.0, "betas": (0.9, 0.99)}
-    in_place_of_adamw(lambda: get_optimizer([{"params": params}], "adamw", 1e-3, options), params)
+    assert_in_place_of_adamw(lambda: get_optimizer([{"params": params}], "adamw", 1e-3, options), params)
 
 
 def test_onetrainer_under_the_launcher():
@@ -236,7 +236,7 @@ def test_onetrainer_under_the_launcher():
         optimizer=Chosen(**choices), learning_rate=1e-3, model_part_configs=lambda: [], training_method=1
     )
     collection = types.SimpleNamespace(parameters_for_optimizer=lambda config: [group])
-    optimizer = in_place_of_adamw(lambda: create(collection, None, config), params)
+    optimizer = assert_in_place_of_adamw(lambda: create(collection, None, config), params)
     assert (optimizer.param_groups[0]["name"], optimizer.param_groups[0]["initial_lr"]) == ("unet", 1e-3)
 
 
@@ -264,7 +264,7 @@ def test_simpletuner_under_the_launcher():
         cls, details = parameters("torch-adamw", args)
         return create(model, cls, {**details["default_settings"], "lr": 1e-3})
 
-    in_place_of_adamw(build, params)
+    assert_in_place_of_adamw(build, params)
 
 
 def test_a_closed_list_refuses_a_class_path():

@@ -43,7 +43,7 @@ def advance(params, optimizer, index):
     optimizer.zero_grad()
 
 
-def same_state(one, other):
+def assert_same_state(one, other):
     assert one.keys() == other.keys()
     for key, value in one.items():
         if isinstance(value, torch.Tensor):
@@ -77,7 +77,7 @@ def test_a_pre_hook_decides_what_is_loaded(cls, names, dtype):
     optimizer.register_load_state_dict_pre_hook(by_name)
     optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
     for name in names:
-        same_state(optimizer.state[params[name]], saved.state[saved_params[name]])
+        assert_same_state(optimizer.state[params[name]], saved.state[saved_params[name]])
     # And it goes on as the other does.
     for name, param in params.items():
         param.data.copy_(saved_params[name])
@@ -292,4 +292,4 @@ def test_torch_save_and_safetensors_and_a_plain_load_are_exact(tmp_path, cls):
     mine, resumed = stepped(cls, dtype=torch.bfloat16, steps=0)
     resumed.load_state_dict(state)
     for name, param in mine.items():
-        same_state(resumed.state[param], optimizer.state[params[name]])
+        assert_same_state(resumed.state[param], optimizer.state[params[name]])

@@ -38,7 +38,7 @@ def train(model, optimizer, accelerator=None, steps=2):
     return seen
 
 
-def check(report, seen):
+def assert_report_of(report, seen):
     """By definition, from the gradients that were seen."""
     assert {row.name for row in report.tensors} == set(seen)
     for row in report.tensors:
@@ -56,7 +56,7 @@ def test_a_plain_loop_gets_report_and_a_card_of_its_own(tmp_path):
     given = hf_sai.write_report(optimizer, tmp_path / "out", facts={"effective_batch_size": 1})
     report = GSNRReport.load(tmp_path / "out")
     assert report == given
-    check(report, seen)
+    assert_report_of(report, seen)
     assert datetime.date.fromisoformat(report.run.pop("date"))
     assert report.run == {"effective_batch_size": 1, "world_size": 1, "measurements": optimizer.measurements}
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -89,7 +89,7 @@ def test_names_come_from_the_model_and_through_a_wrapper(tmp_path):
     model = tiny_llama()
     optimizer = hf_sai.SGDSaI(model.parameters(), lr=0.01)
     seen = train(model, optimizer)
-    check(hf_sai.write_report(types.SimpleNamespace(optimizer=optimizer), tmp_path, model=model), seen)
+    assert_report_of(hf_sai.write_report(types.SimpleNamespace(optimizer=optimizer), tmp_path, model=model), seen)
 
 
 def test_an_optimizer_of_others_is_refused_and_nothing_written(tmp_path):
