@@ -17,9 +17,10 @@ test: $(READY)
 test-fast: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-# DeepSpeed builds nothing here; its wheel is made by setup.py, which imports torch.
+# DeepSpeed builds nothing here; its wheel is made by setup.py, which imports torch: without a build environment of its
+# own, so that what builds ours has to be there too.
 test-deepspeed: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel hatchling editables
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[deepspeed]"
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deepspeed
 
