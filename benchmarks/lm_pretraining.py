@@ -215,7 +215,7 @@ def train(
         f"  {name:<8} lr {lr:<7g} seed {seed} steps {steps} {options or ''}: {final:.4f} ({total:.0f} s)", flush=True
     )
     run = {"lr": lr, "seed": seed, "steps": steps, "final": final, "curve": curve}
-    return {**run, "seconds": round(total, 1), "seconds_at": seconds}
+    return {**run, "seconds": round(total, 3), "seconds_at": seconds}
 
 
 def cached_train(name: str, lr: float, seed: int, steps: int, **options: Any) -> dict[str, Any]:
