@@ -14,7 +14,7 @@ import pytest
 import torch
 from reference import ReferencePair
 
-from hf_sai.optim import SGDSaI, lora_pairs, sgd_update
+from hf_sai.optim import SWAN, SGDSaI, finite, lora_pairs, matrices, polynomials, sgd_update, swan, whitening
 from hf_sai.optim.rounding import Rounding
 from hf_sai.optim.sgd_batch import Batch, Coefficients
 
@@ -265,3 +265,65 @@ def test_pairs_are_bounded_together_as_one_by_one(dtype, as_cuda, device, monkey
         torch.testing.assert_close(
             param.detach().double().cpu(), torch.from_numpy(factor), rtol=tolerance, atol=tolerance
         )
+
+
+@pytest.fixture
+def swan_as_cuda(monkeypatch, device):
+    """Has SWAN take CUDA's paths on the CPU, from when it is called."""
+
+    def switch():
+        for module in (swan, matrices, whitening, polynomials):
+            monkeypatch.setattr(module, "is_accelerator", lambda device: True)
+        monkeypatch.setattr(finite, "is_known_at_once", lambda device: False)
+
+    return switch if device == "cpu" else lambda: None
+
+
+MATRICES = [(48, 64), (48, 64), (64, 48), (48, 48), (8, 300), (300, 8), (48, 64), (200, 40), (200, 40)]
+
+
+def swan_steps(dtype, device, start, **options):
+    """Three steps of SWAN from `start`; the second matrix's gradient is zero, and that of the seventh has a NaN once."""
+    params = [torch.nn.Parameter(each.clone().to(device, dtype)) for each in start]
+    params.append(torch.nn.Parameter(start[3].clone().to(device, dtype).t()))  # as it lies in memory, column by column
+    optimizer = SWAN([{"params": params, "kind": "swan"}], lr=1e-2, scale=2.0, **options)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(3):
+        for index, param in enumerate(params):
+            values = torch.randn(param.shape, generator=generator) * 10.0 ** (index - 4)
+            values[: len(values) // 3] *= 30.0
+            values *= index != 1
+            if (index, step) == (6, 1):
+                values[3, 4] = math.nan
+            param.grad = torch.empty_like(param).copy_(values)
+        optimizer.step()
+    return [param.detach().cpu().double() for param in params]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"whitening": "svd"},
+        {"whitening": "svd", "weight_decay": 0.1, "momentum": 0.9, "maximize": True},
+        {"whitening": "polar", "whitening_dtype": "float32", "weight_decay": 0.1},
+        {"whitening": "polar_express", "whitening_dtype": "float32"},
+        {"whitening": "newton_schulz", "momentum": 0.5},
+        {"whitening": "nsds", "whitening_dtype": "float32"},
+        {"whitening": "polar"},
+        {"whitening": "polar_express"},
+    ],
+    ids=str,
+)
+def test_swan_moves_on_an_accelerator_as_on_the_cpu(options, dtype, swan_as_cuda, device):
+    start = [torch.randn(shape) for shape in MATRICES]
+    expected = swan_steps(dtype, "cpu", start, **options)
+    swan_as_cuda()
+    found = swan_steps(dtype, device, start, **options)
+    # bfloat16's products differ by their rounding, which the polynomials magnify where a value is small.
+    exact = options["whitening"] == "svd" or options.get("whitening_dtype") == "float32"
+    moves = [(each.to(dtype).double() - there).norm() for each, there in zip(start, expected, strict=False)]
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        moved = moves[min(index, len(moves) - 1)].item() or 1.0
+        rounding = one.norm().item() * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+        assert (one - other).norm().item() <= (1e-4 if exact else 0.1) * moved + 2 * rounding, index

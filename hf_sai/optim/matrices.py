@@ -14,7 +14,7 @@ from torch import Tensor
 from .rounding import Rounding
 from .routing import Layout
 from .sharding import sharding_of
-from .tensors import is_sharded, local
+from .tensors import is_accelerator, is_sharded, local
 from .whitening import (
     IN_DTYPE,
     PIECE_NUMEL,
@@ -132,7 +132,7 @@ def _chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
 
 def batch_bytes(group: dict[str, Any], device: torch.device) -> int:
     """The bound on the extra memory of whitening."""
-    default = CPU_BATCH_BYTES if device.type == "cpu" else ACCELERATOR_BATCH_BYTES
+    default = ACCELERATOR_BATCH_BYTES if is_accelerator(device) else CPU_BATCH_BYTES
     return int(group["max_batch_bytes"] or default)
 
 
@@ -145,7 +145,7 @@ def whiten(batch: Batch) -> tuple[Tensor, Tensor | None]:
             norms that these have to be given to have RMS 1 (where all rows have deviation); `None` if they have them.
     """
     first = batch.matrices[0]
-    if batch.size.device.type != "cpu":
+    if is_accelerator(batch.size.device):
         stack = batch.stack()
         return directions(stack / batch.size.view(-1, *[1] * (stack.ndim - 1)), first)
     tensors = [local(matrix.source) for matrix in batch.matrices]
@@ -208,25 +208,25 @@ def _resolution(matrix: Matrix) -> float:
     return torch.finfo(matrix.source.dtype).eps
 
 
-def move(batch: Batch, updates: Sequence[Tensor], norms: Tensor | None) -> None:
+def move(batch: Batch, updates: Tensor, norms: Tensor | None) -> None:
     """
     `W (1 - lr * weight_decay) - lr * scale * dW` in float32, rounded once; no decay without a finite gradient.
 
     Args:
         batch (`Batch`): Whose parameters move.
-        updates (sequence of `torch.Tensor`): One for each, zeros where the gradient is not finite. Not written.
+        updates (`torch.Tensor`): `[k, *shape]`, zeros where the gradient is not finite. Not written.
         norms (`torch.Tensor`, *optional*): `[k]`: what these are scaled to.
     """
-    start = 0
-    for end in range(1, len(updates) + 1):  # neighbours of one group go together
-        if end == len(updates) or batch.matrices[end].group is not batch.matrices[start].group:
+    start, count = 0, len(batch.matrices)
+    for end in range(1, count + 1):  # neighbours of one group go together
+        if end == count or batch.matrices[end].group is not batch.matrices[start].group:
             of_group = slice(start, end)
             given = None if norms is None else norms[of_group]
-            if batch.size.device.type == "cpu":
-                _move_one_by_one(batch, of_group, updates[of_group], given)
-            else:
+            if is_accelerator(batch.size.device):
                 finite = None if batch.finite is None else batch.finite[of_group]
-                _move_together(batch.matrices[of_group], torch.stack(list(updates[of_group])), given, finite)
+                _move_together(batch.matrices[of_group], updates[of_group], given, finite)
+            else:
+                _move_one_by_one(batch, of_group, updates[of_group], given)
             start = end
 
 
@@ -237,18 +237,21 @@ def _move_together(matrices: list[Matrix], updates: Tensor, norms: Tensor | None
     decay, by_matrix = lr * group["weight_decay"], (-1, *[1] * (updates.ndim - 1))
     params = [local(matrix.param) for matrix in matrices]
     wide = torch.promote_types(params[0].dtype, torch.float32)
-    rate = -lr * group["scale"]
-    moves = updates.to(wide) * (rate if norms is None else (factors_to(updates, norms) * rate).view(by_matrix))
+    factors = -lr * group["scale"]
+    if norms is not None:
+        factors = factors_to(updates, norms).mul_(factors).view(by_matrix).to(wide)
+    if norms is None:
+        updates = updates.to(wide)
     if params[0].dtype == wide and (finite is None or not decays):
         if decays:
             torch._foreach_mul_(params, 1.0 - decay)
-        torch._foreach_add_(params, list(moves.unbind(0)))
+        torch._foreach_add_(params, list((updates * factors).unbind(0)))
         return
-    values = torch.stack(params).to(wide)
+    values = torch.stack(params)
     if decays:
         kept = 1.0 if finite is None else finite.view(by_matrix).to(wide)
-        values.mul_(1.0 - decay * kept)
-    values.add_(moves)
+        values = values * (1.0 - decay * kept)
+    values = values.to(wide).add_(updates * factors) if norms is None else torch.addcmul(values, updates, factors)
     if matrices[0].rounding is not None:
         matrices[0].rounding.before(values, params[0].dtype)
     torch._foreach_copy_(params, list(values.unbind(0)))

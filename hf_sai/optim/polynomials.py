@@ -10,8 +10,12 @@ A stack `[k, p, q]` is worked on as it lies: all products are of the smaller sid
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from .tensors import is_accelerator
 
 
 Quintics = tuple[tuple[float, float, float], ...]
@@ -63,6 +67,8 @@ _LEVELLING: Quintics = (
     (2.3591139242734194, -1.720883471117583, 0.42444140078324016),
     (1.8978735149457013, -1.2751868310022278, 0.37752747022851246),
 )
+# Of the root mean square of the reciprocals of values `i^-1`, `i^-1/2` and the like, the smallest is about this part.
+_LEVEL = 0.7
 # Rounding can carry a singular value out of the interval, where the polynomials explode: they are applied to a matrix
 # that is this much smaller. In bfloat16 the terms of the first ones, ten times larger than their sum, leave an error
 # of up to 6%.
@@ -106,8 +112,22 @@ def polar_factor(x: Tensor, steps: int, group: int | None = None) -> Tensor:
         group = 1 if columns < GRAM_FROM * rows else 2
     coefficients = quintics(steps)
     for start in range(0, steps, group):
-        x = times_smaller(x, gram_root(smaller_gram(x), coefficients[start : start + group], first=start == 0))
+        some = coefficients[start : start + group]
+        if start and len(some) == 1:
+            x = _quintic(x, some[0])
+        else:
+            x = times_smaller(x, gram_root(smaller_gram(x), some, first=start == 0))
     return x
+
+
+def _quintic(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """One polynomial of matrices within its interval, in three products that add up by themselves."""
+    a, b, c = _safely(coefficients, x.dtype)
+    gram = smaller_gram(x)
+    curve = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    a = _add_now(curve, a)
+    tall = x.shape[-2] > x.shape[-1]
+    return torch.baddbmm(x, x, curve, beta=a) if tall else torch.baddbmm(x, curve, x, beta=a)
 
 
 def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tensor:
@@ -123,33 +143,67 @@ def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tenso
             `||R^2||_F^(1/4)`, the 8-norm of the singular values: it bounds the largest from above as `||X||` does, but
             tightly, and the product is needed anyway. Otherwise they are within the interval already.
     """
-    safety = SAFETY.get(gram.dtype, DEFAULT_SAFETY)
-    # The matrices are `unit` times the ones at hand, so that numbers are multiplied and not matrices.
-    root, scale, unit = None, None, 1.0
-    for index, (a, b, c) in enumerate(coefficients):
-        a, b, c = a / safety, b / safety**3, c / safety**5
-        if first and index == 0:
-            squared = torch.bmm(gram, gram)
-            inverse = _norms(squared).clamp_min_(LEAST_NORM).rsqrt_().view(-1, 1, 1).to(gram.dtype)
-            # a + b / bound R + c / bound^2 R^2 is b times what is made here, in the fewest passes
-            gram, scale, unit = gram.mul_(inverse), inverse.sqrt() * b, b * b
-            z = torch.addcmul(gram, squared, inverse.square(), value=c / b, out=squared)
-            a = a / b
-        else:
-            z = torch.baddbmm(gram, gram, gram, beta=b * unit, alpha=c * unit**2)
-        z.diagonal(dim1=-2, dim2=-1).add_(a)
-        if index + 1 < len(coefficients):  # the Gram matrix of p(X)
-            gram = torch.bmm(z, torch.bmm(gram, z))
-        root = z if root is None else torch.bmm(root, z)
-    assert root is not None  # there is at least one
+    root, scale = _scaled_root(gram, coefficients, first)
     return root if scale is None else root.mul_(scale)
 
 
-def _norms(matrices: Tensor) -> Tensor:
-    """`[k]`, of Frobenius, in float32 or float64."""
-    if matrices.device.type == "cpu":  # which sums up rows fast whatever their dtype is
-        matrices = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=_wide(matrices))
+def _scaled_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> tuple[Tensor, Tensor | None]:
+    """As [`gram_root`], before it is multiplied by numbers `[k, 1, 1]`, which are negative, or by none."""
+    # The matrices are `unit` times the ones at hand, so that numbers are multiplied and not matrices.
+    root, scale, unit = None, None, 1.0
+    for index, each in enumerate(coefficients):
+        a, b, c = _safely(each, gram.dtype)
+        if first and index == 0:
+            squared = torch.bmm(gram, gram)
+            bound, inverse = _bounds(squared)
+            # a + b / bound^(1/2) R + c / bound R^2 is b times what is made here, in the fewest passes
+            gram, scale, unit = gram.mul_(inverse), inverse.sqrt_() * b, b * b
+            curve = torch.addcdiv(gram, squared, bound, value=c / b, out=squared)
+            a = a / b
+        else:
+            curve = torch.baddbmm(gram, gram, gram, beta=b * unit, alpha=c * unit**2)
+        if root is None:
+            curve.diagonal(dim1=-2, dim2=-1).add_(a)
+            a = 0.0
+        else:
+            a = _add_now(curve, a)
+        if index + 1 < len(coefficients):  # the Gram matrix of p(X)
+            half = torch.baddbmm(gram, gram, curve, beta=a)
+            gram = torch.baddbmm(half, curve, half, beta=a)
+        root = curve if root is None else torch.baddbmm(root, root, curve, beta=a)
+    assert root is not None  # there is at least one
+    return root, scale
+
+
+def _add_now(curve: Tensor, a: float) -> float:
+    """
+    The first term of a polynomial, a multiple of the identity: added to the others on the CPU, where a product that
+    adds copies a matrix. Elsewhere the products add it, which spares a launch: what they have to add is returned.
+    """
+    if is_accelerator(curve.device):
+        return a
+    curve.diagonal(dim1=-2, dim2=-1).add_(a)
+    return 0.0
+
+
+def _safely(quintic: tuple[float, float, float], dtype: torch.dtype) -> tuple[float, float, float]:
+    """A polynomial for a matrix that is a little smaller."""
+    safety = SAFETY.get(dtype, DEFAULT_SAFETY)
+    return quintic[0] / safety, quintic[1] / safety**3, quintic[2] / safety**5
+
+
+def _bounds(squared: Tensor) -> tuple[Tensor, Tensor]:
+    """Frobenius norms and the reciprocals of their roots, `[k, 1, 1]`."""
+    wide = _wide(squared)
+    if is_accelerator(squared.device):
+        bound = torch.linalg.vector_norm(squared, dim=(-2, -1), keepdim=True, dtype=wide).clamp_min_(LEAST_NORM)
+        return bound, bound.rsqrt()
+    # The CPU sums up rows fast whatever their dtype is, but is slow at products of two dtypes. What is rounded to one
+    # has to fit together.
+    rows = torch.linalg.vector_norm(squared, dim=-1, keepdim=True)
+    bound = torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True, dtype=wide).clamp_min_(LEAST_NORM)
+    inverse = bound.rsqrt_().to(squared.dtype)
+    return inverse.to(wide).pow(-2).to(squared.dtype), inverse
 
 
 def flatten_(x: Tensor) -> Tensor:
@@ -182,12 +236,12 @@ def flatten_(x: Tensor) -> Tensor:
     narrow = basis.to(x.dtype)
     thin = torch.bmm(x, narrow.mT) if tall else torch.bmm(narrow, x)
     wide = thin.to(_wide(x))
-    root = gram_root(torch.bmm(wide.mT, wide) if tall else torch.bmm(wide, wide.mT), _LEVELLING)
-    # The level is the reciprocal of the root's largest eigenvalue: (sum of 8th powers / sum of 4th)^(1/4), nearly.
-    square = torch.bmm(root, root)
-    powers = [torch.linalg.vector_norm(each, dim=(-2, -1), keepdim=True) for each in (square, square @ square)]
-    level = (powers[0] / powers[1]).sqrt_()
-    taken = torch.baddbmm(basis, root.mul_(level), basis, alpha=-1.0).to(x.dtype)  # the root is symmetric
+    root, _ = _scaled_root(torch.bmm(wide.mT, wide) if tall else torch.bmm(wide, wide.mT), _LEVELLING)
+    # The root's eigenvalues are the reciprocals of the values, so that its norm tells the smallest. Its scale is open,
+    # and negative.
+    level = _LEVEL * math.sqrt(count)
+    root.div_(torch.linalg.vector_norm(root, dim=(-2, -1), keepdim=True))
+    taken = torch.baddbmm(basis, root, basis, alpha=level).to(x.dtype)  # the root is symmetric
     return x.baddbmm_(thin, taken, alpha=-1.0) if tall else x.baddbmm_(taken.mT, thin, alpha=-1.0)
 
 
@@ -198,10 +252,10 @@ def _orthonormal_rows(vectors: Tensor, passes: int) -> Tensor:
     A second pass takes the basis from a few percent off to the last digits, where the first rows are a thousand
     times the last. Without it the same matrix with other last digits would come to another level.
     """
-    basis = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(LEAST_NORM)
+    basis = vectors
     for shift in (1e-5, 1e-6)[:passes]:
         gram = torch.bmm(basis, basis.mT)
-        gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+        gram.diagonal(dim1=-2, dim2=-1).mul_(1.0 + shift)
         factor, failed = torch.linalg.cholesky_ex(gram)  # which does not read from the device, as a check would
         basis = torch.linalg.solve_triangular(factor, basis, upper=False)
         basis = basis.masked_fill_((failed != 0).view(-1, 1, 1), 0.0)

@@ -163,7 +163,7 @@ def _move_all(singles: list[Batch], shared: list[list[int]], exchange: Exchange)
             first, count = batch.matrices[0], len(batch.matrices)
             size = count * first.param.numel() * first.update_dtype.itemsize
             updates = sent[:size].view(first.update_dtype).view(count, *first.param.shape)
-            move(batch, updates.unbind(0), None if first.has_several else norms[:count])
+            move(batch, updates, None if first.has_several else norms[:count])
             sent, norms = sent[_aligned(size) :], norms[count:]
 
 
@@ -234,7 +234,7 @@ def _whole_updates(batch: Batch, sharding: Sharding, gathered: Tensor) -> Tensor
 
 def _move_pieces(batch: Batch, updates: Tensor) -> None:
     """Moves this rank's pieces."""
-    move(batch, moved(updates, batch.size.device).unbind(0), None)
+    move(batch, moved(updates, batch.size.device), None)
 
 
 def _has_whole_rows(matrix: Matrix, sharding: Sharding) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checks import check_choice, check_whole
 from .polynomials import LEAST_NORM, flatten_, polar_factor, smaller_gram, times_smaller
+from .tensors import is_accelerator
 
 
 Method = Literal["polar", "polar_express", "newton_schulz", "nsds", "svd"]
@@ -171,7 +172,7 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
         `torch.Tensor`: `[len(gradients)]`, float32 or float64.
     """
     dtype = functools.reduce(torch.promote_types, {each.dtype for each in gradients}, torch.float32)
-    if gradients[0].device.type != "cpu":
+    if is_accelerator(gradients[0].device):
         some = [each if each.numel() else each.new_zeros(1) for each in gradients]  # a rank may have no rows
         return torch.stack(torch._foreach_norm(some, math.inf, dtype))
     if all(each.dtype == dtype for each in gradients):
@@ -186,7 +187,7 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
 
 def as_divisors(size: Tensor) -> Tensor:
     """On accelerators the powers of two below, for all matrices at once; on the CPU each is looked at by itself."""
-    return size if size.device.type == "cpu" else power_of_two(size)
+    return power_of_two(size) if is_accelerator(size.device) else size
 
 
 def in_range(stack: Tensor, size: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ def in_range(stack: Tensor, size: Tensor) -> Tensor:
         size (`torch.Tensor`): `[k]`, as [`sizes`] gives it.
     """
     wide = stack.to(torch.promote_types(stack.dtype, torch.float32))
-    if size.device.type == "cpu" and all(fits(each, stack[0].numel()) for each in size.tolist()):
+    if not is_accelerator(size.device) and all(fits(each, stack[0].numel()) for each in size.tolist()):
         return wide
     return wide / power_of_two(size).view(-1, *[1] * (stack.ndim - 1))
 
@@ -226,14 +227,15 @@ def normalized(flat: Tensor, resolution: float, dtype: torch.dtype | None = None
         centred = stored - mean
         deviation = centred.square().mean(-2, keepdim=True).sqrt_()
         kept = deviation > resolution * mean.abs()
-        normed = centred.mul_(kept / _nonzero(deviation)).to(dtype or flat.dtype).mT
+        normed = _product(centred, kept / _nonzero(deviation), dtype or flat.dtype).mT
     else:
         # LayerNorm is GradNorm, and every backend has it in one pass. Its eps is below every square in range.
         normed, mean, inverse = torch.native_layer_norm(flat, flat.shape[-1:], None, None, 1e-37)
         kept = _deviates(mean, inverse, resolution)
-        if not (kept.device.type == "cpu" and bool(kept.all())):
-            normed = normed.mul_(kept)
-        normed = normed.to(dtype or flat.dtype)
+        if not is_accelerator(kept.device) and bool(kept.all()):
+            normed = normed.to(dtype or flat.dtype)
+        else:
+            normed = _product(normed, kept, dtype or flat.dtype)
     return normed, _norm_of(kept, flat)
 
 
@@ -292,6 +294,12 @@ def wider(tensor: Tensor) -> Tensor:
 def is_transposed(matrices: Tensor) -> bool:
     """Whether `[k, m, n]` lies column by column in memory."""
     return matrices.mT.is_contiguous() and not matrices.is_contiguous()
+
+
+def _product(matrices: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a dtype on the way out, without a pass of its own. `matrices` is written where it has that dtype."""
+    out = matrices if matrices.dtype == dtype else torch.empty_like(matrices, dtype=dtype)
+    return torch.mul(matrices, factors, out=out)
 
 
 def _deviates(mean: Tensor, inverse: Tensor, resolution: float) -> Tensor:
