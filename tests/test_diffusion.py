@@ -196,5 +196,5 @@ def test_an_adapter_trains_as_the_reference_and_loads_back_into_its_pipeline(fam
     else:
         type(pipeline).save_lora_weights(tmp_path, transformer_lora_layers=layers)
     fresh = PIPELINES[family]()
-    fresh.load_lora_weights(tmp_path)
+    fresh.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(predict(denoiser_of(fresh), family), trained, rtol=0, atol=1e-6)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from support.models import tiny_llama, tiny_lora, token_blocks
-from support.trainers import StopAt, arguments, trainable
+from support.trainers import StopAt, arguments, batch_after, trainable
 from transformers import TrainerCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import HPSearchBackend
@@ -316,12 +316,13 @@ def small_memory(rows, fail_from=0):
 
 @both
 def test_auto_find_batch_size_starts_afresh_with_the_batch_that_fits(tmp_path, optim):
-    model, calls = small_memory(4)
+    fits = batch_after(5)
+    model, calls = small_memory(fits)
     found = train(tmp_path / "found", optim, model, auto_find_batch_size=True, per_device_train_batch_size=5)
-    assert calls == [5] + [4] * 6
-    plain = train(tmp_path / "plain", optim, per_device_train_batch_size=4)
+    assert calls == [5] + [fits] * 6
+    plain = train(tmp_path / "plain", optim, per_device_train_batch_size=fits)
     report = GSNRReport.load(tmp_path / "found")
-    assert (report.run["effective_batch_size"], report.run["trainer_step"]) == (4, 1)
+    assert (report.run["effective_batch_size"], report.run["trainer_step"]) == (fits, 1)
     steps = [row.step for row in report.tensors]
     assert set(steps) == ({1} if optim == "sgd_sai" else set())
     states = [unwrap_optimizer(trainer.optimizer).state_dict() for trainer in (found, plain)]
@@ -337,9 +338,10 @@ def test_auto_find_batch_size_starts_afresh_with_the_batch_that_fits(tmp_path, o
 @both
 def test_a_batch_that_stops_fitting_later_goes_on_with_its_measurement(tmp_path, optim):
     """The host trains on with weights and optimizer as they are: the report says what was measured, and when."""
-    model, calls = small_memory(4, fail_from=2)
+    fits = batch_after(5)
+    model, calls = small_memory(fits, fail_from=2)
     trainer = train(tmp_path, optim, model, auto_find_batch_size=True, per_device_train_batch_size=5)
-    assert calls == [5] * 3 + [4] * 6
+    assert calls == [5] * 3 + [fits] * 6
     assert trainer.state.global_step == 6
     report = assert_finite_report(tmp_path, model)
     assert (report.run["effective_batch_size"], report.run["trainer_step"]) == (5, 1)

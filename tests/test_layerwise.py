@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.models import tiny_llama, token_blocks
 from support.processes import peak_allocated
-from support.trainers import arguments, trainable
+from support.trainers import arguments, batch_after, trainable
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback
@@ -371,6 +371,8 @@ class TooLarge(torch.nn.Module):
 
 def test_auto_find_batch_size_finds_it_and_trains_with_it(tmp_path):
     """The pass that failed had updated the second layer; the rest is six ordinary steps on two rows."""
+    if batch_after(3) != 2:
+        pytest.skip("this accelerate tries a batch of one next")
     options = {"optim": "sgd_sai_layerwise", "max_grad_norm": 0, "remove_unused_columns": False}
     args = arguments(
         tmp_path,

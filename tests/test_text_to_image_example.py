@@ -53,7 +53,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(example, tmp_path, optim, ra
         assert torch.equal(start[name], torch.zeros_like(start[name])) == ("lora_B" in name)
         assert not torch.equal(one[name], start[name]), name
     pipeline = sd()
-    pipeline.load_lora_weights(tmp_path / "whole")
+    pipeline.load_lora_weights(tmp_path / "whole", weight_name="pytorch_lora_weights.safetensors")
     loaded = get_peft_model_state_dict(pipeline.unet, adapter_name="default_0")
     assert {f"unet.{name}" for name in loaded} == one.keys()
     assert all(torch.equal(tensor, one[f"unet.{name}"]) for name, tensor in loaded.items())

@@ -16,7 +16,7 @@ from typing import Any
 from packaging.version import Version
 
 
-OLDEST_TRANSFORMERS = "5.2"
+OLDEST_TRANSFORMERS = "5.4"
 FIRST_UNKNOWN_TRANSFORMERS = "6"
 # The newest of each host that the tests ran with: what constraints.txt pins.
 NEWEST_TRIED = {

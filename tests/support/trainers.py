@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelerate.utils.memory import find_executable_batch_size
 from transformers import TrainerCallback, TrainingArguments
 
 
@@ -42,3 +43,16 @@ def trainable(model):
 def files_below(folder):
     """Every file below a folder."""
     return [path for path in Path(folder).rglob("*") if path.is_file()]
+
+
+def batch_after(size):
+    """What accelerate tries after a batch of that size did not fit: nine tenths of it, or half in its older versions."""
+    tried = []
+
+    def run(batch_size):
+        tried.append(batch_size)
+        if len(tried) == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+    find_executable_batch_size(run, starting_batch_size=size)()
+    return tried[1]
