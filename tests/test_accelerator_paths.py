@@ -283,7 +283,7 @@ MATRICES = [(48, 64), (48, 64), (64, 48), (48, 48), (8, 300), (300, 8), (48, 64)
 
 
 def swan_steps(dtype, device, start, **options):
-    """Three steps of SWAN from `start`; the second matrix's gradient is zero, and that of the seventh has a NaN once."""
+    """Three steps of SWAN from `start`; the second gradient is zero, and the seventh has a NaN once."""
     params = [torch.nn.Parameter(each.clone().to(device, dtype)) for each in start]
     params.append(torch.nn.Parameter(start[3].clone().to(device, dtype).t()))  # as it lies in memory, column by column
     optimizer = SWAN([{"params": params, "kind": "swan"}], lr=1e-2, scale=2.0, **options)

@@ -46,7 +46,7 @@ def files_below(folder):
 
 
 def batch_after(size):
-    """What accelerate tries after a batch of that size did not fit: nine tenths of it, or half in its older versions."""
+    """What accelerate tries after a batch of that size did not fit: nine tenths, or half in older versions."""
     tried = []
 
     def run(batch_size):
