@@ -257,7 +257,7 @@ def _move_together(matrices: list[Matrix], updates: Tensor, norms: Tensor | None
     torch._foreach_copy_(params, list(values.unbind(0)))
 
 
-def _move_one_by_one(batch: Batch, of_group: slice, updates: Sequence[Tensor], norms: Tensor | None) -> None:
+def _move_one_by_one(batch: Batch, of_group: slice, updates: Tensor, norms: Tensor | None) -> None:
     """Of one group on the CPU, by pieces that its cache holds."""
     matrices = batch.matrices[of_group]
     group, flags = matrices[0].group, [True] * len(matrices)
