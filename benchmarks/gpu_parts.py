@@ -121,7 +121,6 @@ MAKERS: dict[str, Callable[[Named], torch.optim.Optimizer]] = {
         [p for _, p in n], lr=1e-2, momentum=0.9, weight_decay=0.01, fused=True
     ),
     "torch adamw fused": lambda n: torch.optim.AdamW([p for _, p in n], lr=1e-3, fused=True),
-    "torch muon": lambda n: torch.optim.Muon([p for name, p in n if p.ndim == 2 and "embed" not in name], lr=1e-3),
     "sgd_sai": lambda n: SGDSaI(n, lr=1e-2),
     NOT_CLIPPED: lambda n: SGDSaI(n, lr=1e-2),
     "sgd_sai no kernel": lambda n: SGDSaI(n, lr=1e-2, fused=False),
@@ -132,6 +131,10 @@ MAKERS: dict[str, Callable[[Named], torch.optim.Optimizer]] = {
     "sgd_sai paired": lambda n: SGDSaI([{"params": n, "paired": True}], lr=1e-3),
     "swan": swan,
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    MAKERS["torch muon"] = lambda n: torch.optim.Muon(
+        [p for name, p in n if p.ndim == 2 and "embed" not in name], lr=1e-3
+    )
 
 
 class Checks:

@@ -9,6 +9,7 @@ from support.distributed import (
     STEPS,
     LossModule,
     batches,
+    fsdp_takes_the_mean,
     load_into_new,
     on_two_ranks,
     save,
@@ -62,7 +63,7 @@ def one_process(normalize):
 
 
 @pytest.mark.parametrize("normalize", ["none", "max", "rms"])
-@pytest.mark.parametrize("worker", [fsdp_worker, ddp_worker])
+@pytest.mark.parametrize("worker", [pytest.param(fsdp_worker, marks=fsdp_takes_the_mean), ddp_worker])
 def test_two_processes_equal_one(tmp_path, worker, normalize):
     on_two_ranks(worker, tmp_path, normalize)
     model, optimizer = one_process(normalize)
@@ -131,6 +132,7 @@ def test_moments_of_shards_are_those_of_the_whole_in_one_collective(tmp_path):
     assert found == [{"collectives": 1}] * 2
 
 
+@fsdp_takes_the_mean
 def test_saved_on_two_ranks_and_resumed_on_one(tmp_path):
     on_two_ranks(save_worker, tmp_path, "max")
     expected, expected_optimizer = one_process("max")

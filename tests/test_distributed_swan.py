@@ -11,6 +11,7 @@ from support.distributed import (
     STEPS,
     LossModule,
     batches,
+    fsdp_takes_the_mean,
     load_into_new,
     on_two_ranks,
     save,
@@ -173,6 +174,7 @@ def save_worker(rank, folder, name):
     save(model, optimizer, folder / "checkpoint")
 
 
+@fsdp_takes_the_mean
 def test_saved_on_two_ranks_and_resumed_on_one(tmp_path):
     on_two_ranks(save_worker, tmp_path, "")
     expected = uneven_llama()

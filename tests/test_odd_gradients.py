@@ -368,7 +368,10 @@ def test_a_momentum_buffer_takes_any_gradient(cls, parameter, gradient):
         given = torch.randn(6, 8).to(gradient)
         # torch's own is of the parameter's dtype; a backward of another library may set another where this is None.
         one.grad_dtype = None
-        one.grad = given
+        try:
+            one.grad = given
+        except RuntimeError:
+            pytest.skip("this torch allows no other dtype than the parameter's")
         other.grad = given.float()
         for optimizer in optimizers:
             optimizer.step()

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 from support.processes import peak_allocated
 
 from hf_sai.optim import SGDSaI, sgd_update
@@ -306,7 +307,7 @@ def test_a_compiled_step_breaks_only_where_it_asks_for_zero_and_for_inf():
         if number == 0:
             step = torch.compile(optimizer.step, backend="eager")
             counters.clear()
-    assert len(counters["graph_break"]) <= 2
+    assert len(counters["graph_break"]) <= (3 if Version(torch.__version__) < Version("2.9") else 2)
     assert 1 <= counters["stats"]["unique_graphs"] <= 6, counters["stats"]
 
 

@@ -270,10 +270,14 @@ def _probes(side: int, count: int, device: torch.device, dtype: torch.dtype) -> 
     """Random rows `[count, side]`, the same in every process and at every step."""
     key = (side, count, device, dtype)
     if key not in _kept_probes:
-        generator = torch.Generator().manual_seed(0)
-        columns = torch.randn(side, count, generator=generator)
-        _kept_probes[key] = columns.mT.contiguous().to(device=device, dtype=dtype)
+        _kept_probes[key] = _new_probes(side, count).to(device=device, dtype=dtype)
     return _kept_probes[key]
+
+
+@torch.compiler.disable  # which can't trace a generator
+def _new_probes(side: int, count: int) -> Tensor:
+    columns = torch.randn(side, count, generator=torch.Generator().manual_seed(0))
+    return columns.mT.contiguous()
 
 
 def _wide(x: Tensor) -> torch.dtype:

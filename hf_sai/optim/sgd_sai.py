@@ -412,11 +412,10 @@ class SGDSaI(MeasuredScales):
         """One warning where bf16 parameters would be moved by less than they resolve, at the peak learning rate."""
         if self.__dict__.get("_warned_bf16"):
             return
-        bf16 = [
-            (group, self._name(group, index), param, moment)
-            for (group, index, param), moment in zip(unsettled, moments, strict=True)
-            if param in first and param.dtype == torch.bfloat16 and loses_digits(self.param_groups[group])
-        ]
+        bf16 = []  # no comprehension: torch.compile of torch 2.8 can't trace this one
+        for (group, index, param), moment in zip(unsettled, moments, strict=True):
+            if param in first and param.dtype == torch.bfloat16 and loses_digits(self.param_groups[group]):
+                bf16.append((group, self._name(group, index), param, moment))
         # Read once per group: each may be a tensor on a device.
         peaks = {group: peak_rate(self.param_groups[group]) for group in {row[0] for row in bf16}}
         moves, normalizer = [], self._normalizer()
