@@ -143,25 +143,28 @@ def gram_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> Tenso
             `||R^2||_F^(1/4)`, the 8-norm of the singular values: it bounds the largest from above as `||X||` does, but
             tightly, and the product is needed anyway. Otherwise they are within the interval already.
     """
-    root, scale = _scaled_root(gram, coefficients, first)
-    return root if scale is None else root.mul_(scale)
+    root, scale, factor = _unscaled_root(gram, coefficients, first)
+    return root if scale is None else root.mul_(scale.sqrt_() * factor)
 
 
-def _scaled_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> tuple[Tensor, Tensor | None]:
-    """As [`gram_root`], before it is multiplied by numbers `[k, 1, 1]`, which are negative, or by none."""
-    # The matrices are `unit` times the ones at hand, so that numbers are multiplied and not matrices.
-    root, scale, unit = None, None, 1.0
+def _unscaled_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> tuple[Tensor, Tensor | None, float]:
+    """
+    As [`gram_root`], before it is multiplied by the root of numbers `[k, 1, 1]`, if there are any, and by a factor,
+    which is negative.
+    """
+    # The ones at hand lack the factor, or its square: numbers are multiplied and not matrices.
+    root, scale, factor = None, None, 1.0
     for index, each in enumerate(coefficients):
         a, b, c = _safely(each, gram.dtype)
         if first and index == 0:
             squared = torch.bmm(gram, gram)
             bound, inverse = _bounds(squared)
             # a + b / bound^(1/2) R + c / bound R^2 is b times what is made here, in the fewest passes
-            gram, scale, unit = gram.mul_(inverse), inverse.sqrt_() * b, b * b
+            gram, scale, factor = gram.mul_(inverse), inverse, b
             curve = torch.addcdiv(gram, squared, bound, value=c / b, out=squared)
             a = a / b
         else:
-            curve = torch.baddbmm(gram, gram, gram, beta=b * unit, alpha=c * unit**2)
+            curve = torch.baddbmm(gram, gram, gram, beta=b * factor**2, alpha=c * factor**4)
         if root is None:
             curve.diagonal(dim1=-2, dim2=-1).add_(a)
             a = 0.0
@@ -172,7 +175,7 @@ def _scaled_root(gram: Tensor, coefficients: Quintics, first: bool = True) -> tu
             gram = torch.baddbmm(half, curve, half, beta=a)
         root = curve if root is None else torch.baddbmm(root, root, curve, beta=a)
     assert root is not None  # there is at least one
-    return root, scale
+    return root, scale, factor
 
 
 def _add_now(curve: Tensor, a: float) -> float:
@@ -236,7 +239,7 @@ def flatten_(x: Tensor) -> Tensor:
     narrow = basis.to(x.dtype)
     thin = torch.bmm(x, narrow.mT) if tall else torch.bmm(narrow, x)
     wide = thin.to(_wide(x))
-    root, _ = _scaled_root(torch.bmm(wide.mT, wide) if tall else torch.bmm(wide, wide.mT), _LEVELLING)
+    root, _, _ = _unscaled_root(torch.bmm(wide.mT, wide) if tall else torch.bmm(wide, wide.mT), _LEVELLING)
     # The root's eigenvalues are the reciprocals of the values, so that its norm tells the smallest. Its scale is open,
     # and negative.
     level = _LEVEL * math.sqrt(count)
