@@ -8,6 +8,7 @@ import os
 import pkgutil
 import runpy
 import sys
+import sysconfig
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType, ModuleType, TracebackType
@@ -99,12 +100,21 @@ def run(
     ] = None,
 ) -> None:
     target, *arguments = command
+    if not module:
+        target = _command_of_this_python(target)
     try:
         replacement = _replacement(optim, optim_args, arguments)
     except ValueError as error:
         typer.echo(f"hf-sai: {error}", err=True)
         raise typer.Exit(2) from None
     raise ScriptRequest(Script(target, arguments, module, replacement))
+
+
+def _command_of_this_python(target: str) -> str:
+    """A command that a package brought, as `llamafactory-cli`, where there is nothing of that name to run here."""
+    found = os.path.join(sysconfig.get_path("scripts"), target)
+    here = os.path.isfile(target) or os.path.isfile(os.path.join(target, "__main__.py"))
+    return found if os.path.isfile(found) and not here else target
 
 
 def _replacement(optim: str | None, optim_args: str | None, arguments: list[str]) -> Replacement | None:
