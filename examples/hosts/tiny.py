@@ -107,13 +107,13 @@ def optimizer_of(folder: Path) -> str:
     return "sgd_sai" if "gsnr_max" in keys else "swan" if "routes" in keys else f"another, with {sorted(keys)}"
 
 
-def say(name: str, end: Path, again: Path) -> None:
-    """One line on a run: its loss, whose state it kept, and whether the resumed one ended with the same weights."""
+def say(name: str, end: Path, again: Path | None) -> None:
+    """One line on a run: its loss, whose state it kept, and whether a resumed one ended with the same weights."""
     first, last = losses(end)
-    processes = len(list(end.glob("rng_state*.pth")))
-    equal = f"{differ(end, again)} of {len(weights(end))} tensors differ once resumed"
+    ranks = len(list(end.glob("rng_state*.pth")))
+    equal = f"{differ(end, again)} of {len(weights(end))} tensors differ once resumed" if again else "not resumed"
     print(
-        f"{name}: {processes} processes, loss {first:.3f} -> {last:.3f}; state of {optimizer_of(end)}; {equal}",
+        f"{name}: ranks {ranks}, loss {first:.3f} -> {last:.3f}; state of {optimizer_of(end)}; {equal}",
         flush=True,
     )
 
@@ -153,24 +153,29 @@ class Run:
         return found
 
 
-def run(about: str | None, train: Callable[[Run], None]) -> None:
+def run(about: str | None, train: Callable[[Run], None], resumable: Sequence[int] = (1, 2)) -> None:
     """
-    Trains by a host with both optimizers, full and LoRA, in one process and in two, and each once more from the
-    middle; a line on each.
+    Trains by a host with both optimizers, full and LoRA, in one process and in two, and once more from the middle; a
+    line on each.
 
     Args:
         about (`str`): What the program is, for its `--help`.
         train (callable): Trains by the host's own command, under `hf-sai run`.
+        resumable (sequence of `int`, *optional*, defaults to `(1, 2)`): With how many processes the host can resume.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="to write to")
     folder = parser.parse_args().folder.resolve()
     write_model(folder / "model")
     write_chats(folder / "data" / "chats.jsonl")
+
+    def end_of(asked: Run) -> Path:
+        shutil.rmtree(asked.output, ignore_errors=True)  # of an earlier time
+        train(asked)
+        return asked.output / f"checkpoint-{STEPS}"
+
     for processes, optim, kind in product((1, 2), RATES, ("full", "lora")):
         whole = Run(folder, optim, kind, processes)
+        end = end_of(whole)
         half = replace(whole, middle=whole.output / f"checkpoint-{STEPS // 2}")
-        for each in (whole, half):
-            shutil.rmtree(each.output, ignore_errors=True)  # of an earlier time
-            train(each)
-        say(whole.output.name, *(each.output / f"checkpoint-{STEPS}" for each in (whole, half)))
+        say(whole.output.name, end, end_of(half) if processes in resumable else None)
