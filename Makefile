@@ -6,7 +6,8 @@ READY := .venv/.ready
 # Tests side by side; each uses about 1.5 GB at most.
 WORKERS := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-fast test-deepspeed test-oldest hosts bench-quick bench-real style quality docs dist clean
+HOSTS := llamafactory msswift axolotl
+.PHONY: demo test test-fast test-deepspeed test-oldest hosts $(HOSTS:%=host-%) bench-quick bench-real style quality docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -28,15 +29,13 @@ test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest $(WORKERS)
 
 # Other programs, each in an environment of its own: docs/hosts.md.
-HOSTS := llamafactory msswift axolotl
-hosts: $(HOSTS:%=.venv-hosts/%/.ran)
+hosts: $(HOSTS:%=host-%)
+
+$(HOSTS:%=host-%): host-%: .venv-hosts/%/.ready
+	.venv-hosts/$*/bin/python examples/hosts/run_$*.py .venv-hosts/$*/runs
 
 .venv-hosts/%/.ready: examples/hosts/%.txt examples/hosts/install.sh
 	PYTHON=$(PYTHON) examples/hosts/install.sh $* .venv-hosts/$*
-	touch $@
-
-.venv-hosts/%/.ran: .venv-hosts/%/.ready
-	.venv-hosts/$*/bin/python examples/hosts/run_$*.py .venv-hosts/$*/runs
 	touch $@
 
 bench-quick: $(READY)

@@ -68,7 +68,7 @@ class GSNRCallback(TrainerCallback):
     With Unsloth, whose trainers are made when it is imported, the same, with `import hf_sai` beside `import unsloth`.
 
     With axolotl, a plugin, which stands under `plugins:` beside `optimizer: sgd_sai` and `optim_args:`, and the launch
-    by `accelerate launch -m hf_sai.run -m axolotl.cli.train config.yml`, which knows the names before it reads them:
+    by `hf-sai run axolotl train config.yml`, which knows the names before it reads them:
 
     ```python
     class SaIPlugin(axolotl.integrations.base.BasePlugin):

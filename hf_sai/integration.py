@@ -244,7 +244,8 @@ def handle(name: str, context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
         reason = f"the trainer's {own_groups[0]} makes" if own_groups else "the trainer gives no model and makes"
         raise OptionError(
             f"optim={record.name!r} is routed by the model's modules, but {reason} groups without them; leave out "
-            "learning rates for parts of the model (embedding_learning_rate in Unsloth), or "
+            "learning rates for parts of the model (loraplus_lr_ratio in LLaMA-Factory, lorap_lr_ratio in ms-swift, "
+            "embedding_learning_rate in Unsloth), or "
             + (_without_modules() if record.needs_modules else f"leave out {', '.join(grouped)}")
         )
     if context.model is not None and not own_groups:

@@ -93,7 +93,8 @@ def assert_optimizer(optimizer: Any, name: str) -> None:
     if record_of(live) is not record:
         raise OptimizerMismatchError(
             f"optim={name!r} asks for {record.cls.__name__}, but the optimizer that runs is {type(live).__name__}; "
-            "something replaced it: an `optimizers=` argument, a create_optimizer of your own, or a launcher's config"
+            "leave out what replaced it: an `optimizers=` argument, a create_optimizer of your own, a host's setting "
+            "(use_muon in LLaMA-Factory), or a launcher's config"
         )
 
 

@@ -6,6 +6,7 @@ import datetime
 import os
 import signal
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_a_script_runs_as_by_python_itself(folder, arguments):
     assert by_us.returncode == by_python.returncode
     expected = {"exit": 3, "raise": 1, "interrupt": -signal.SIGINT, "broken.py": 1, "missing.py": 2}
     assert by_us.returncode == expected.get(arguments[-1], 1 if arguments[-1] in ("missing", "json") else 0)
+
+
+@pytest.mark.timeout(60)
+def test_a_command_of_this_environment_needs_no_path(folder):
+    """`accelerate` is one, as llamafactory-cli, swift and axolotl are; a clone's folder of that name is none."""
+    path = str(Path(sysconfig.get_path("scripts")) / "accelerate")
+    (folder / "accelerate").mkdir()
+    by_python = call([sys.executable, path, "launch", "-m", "below.probe"], folder)
+    assert by_python.stdout.startswith(f"['{folder}/below/probe.py'] __main__")
+    by_us = call([*HF_SAI, "run", "accelerate", "launch", "-m", "below.probe"], folder)
+    assert (by_us.stdout, by_us.returncode) == (by_python.stdout, 0)
+    (folder / "accelerate" / "__main__.py").write_text("print('the folder')")
+    assert call([*HF_SAI, "run", "accelerate"], folder).stdout == "the folder\n"
 
 
 @pytest.mark.timeout(60)

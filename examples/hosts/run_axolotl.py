@@ -1,29 +1,27 @@
 """
-axolotl's own training module on a tiny model: full and LoRA, both optimizers, and resumed from the middle.
+axolotl's own command on a tiny model: full and LoRA, both optimizers, one process and two, and resumed from the
+middle.
 
-    hf-sai run -m axolotl.cli.train x.yml      # with optimizer: sgd_sai in x.yml
+    hf-sai run axolotl train x.yml      # with optimizer: sgd_sai in x.yml
 
 `make hosts` makes its environment and runs this.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-from tiny import OPTIONS, RATES, STEPS, call, run
+from tiny import RATES, STEPS, Run, call, run
 
 
-def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
+def settings(asked: Run) -> dict[str, object]:
     """What a user writes into `x.yml`."""
     found: dict[str, object] = {
-        "base_model": str(folder / "model"),
-        "datasets": [{"path": str(folder / "data" / "chats.jsonl"), "type": "chat_template"}],
-        "dataset_prepared_path": str(folder / "prepared"),
+        "base_model": str(asked.folder / "model"),
+        "datasets": [{"path": str(asked.folder / "data" / "chats.jsonl"), "type": "chat_template"}],
+        "dataset_prepared_path": str(asked.folder / "prepared"),
         "val_set_size": 0,
         "sequence_len": 256,
-        "optimizer": optim,
-        "learning_rate": RATES[optim],
+        "optimizer": asked.optim,
+        "learning_rate": RATES[asked.optim],
         "lr_scheduler": "constant",
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 1,
@@ -33,30 +31,32 @@ def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
         "bf16": False,
         "fp16": False,
         "tf32": False,
-        "sdp_attention": True,
+        "attn_implementation": "sdpa",
         "seed": 0,
         "special_tokens": {"pad_token": "<|endoftext|>"},
+        "output_dir": str(asked.output),
+        **asked.options,
     }
-    if kind == "lora":
+    if asked.kind == "lora":
         found |= {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
         found |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # its kernels want a GPU
-    if (optim, kind) in OPTIONS:
-        found["optim_args"] = OPTIONS[optim, kind]
+    if asked.processes > 1:
+        found["max_memory"] = {"cpu": "4GiB"}  # else each of several processes puts the model on a GPU of its own
     return found
 
 
-def train(folder: Path, optim: str, kind: str, name: str, middle: Path | None) -> None:
-    """axolotl's training module, under our launcher."""
+def train(asked: Run) -> None:
+    """axolotl's command, under ours; it becomes `accelerate launch`."""
     import yaml
 
-    given = {**settings(folder, optim, kind), "output_dir": str(folder / name)}
-    if middle is not None:
-        given["resume_from_checkpoint"] = str(middle)
-    path = folder / f"{name}.yml"
-    path.write_text(yaml.safe_dump(given))
-    command = [sys.executable, "-m", "hf_sai.run", "-m", "axolotl.cli.train", str(path)]
-    call(command, folder, AXOLOTL_DO_NOT_TRACK="1", DO_NOT_TRACK="1", ACCELERATE_USE_CPU="true")
+    path = asked.output.with_suffix(".yml")
+    path.write_text(yaml.safe_dump(settings(asked)))
+    # accelerate starts several processes on a CPU by mpirun alone; as if for GPUs it does so by torchrun.
+    several = ["--num-processes", asked.processes, "--", "--multi_gpu"] if asked.processes > 1 else []
+    quiet = {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "ACCELERATE_USE_CPU": "true"}
+    call(["hf-sai", "run", "axolotl", "train", path, *several], asked.folder, **quiet)
 
 
 if __name__ == "__main__":
-    run(__doc__, train)
+    # transformers 5.16.1 can't load a state in one of several processes on a CPU, AdamW's neither.
+    run(__doc__, train, resumable=[1])

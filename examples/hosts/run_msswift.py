@@ -1,32 +1,32 @@
 """
-ms-swift's own training module on a tiny model: full and LoRA, both optimizers, and resumed from the middle.
+ms-swift's own command on a tiny model: full and LoRA, both optimizers, one process and two, and resumed from the
+middle.
 
-    hf-sai run -m swift.cli.sft --optim sgd_sai --model ... --dataset ...
+    hf-sai run swift sft --optim sgd_sai --model ... --dataset ...
 
 `make hosts` makes its environment and runs this.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import socket
 
-from tiny import OPTIONS, RATES, STEPS, call, run
+from tiny import RATES, STEPS, Run, call, run
 
 
-def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
+def settings(asked: Run) -> dict[str, object]:
     """The options that a user types, or writes into a YAML file for `swift sft`."""
-    found: dict[str, object] = {
-        "model": folder / "model",
+    return {
+        "model": asked.folder / "model",
         "model_type": "llama",
         "template": "chatml",
-        "tuner_type": kind,
-        "dataset": folder / "data" / "chats.jsonl",
+        "tuner_type": asked.kind,
+        "dataset": asked.folder / "data" / "chats.jsonl",
         "split_dataset_ratio": 0,
         "max_length": 256,
         "truncation_strategy": "right",
-        "optim": optim,
-        "learning_rate": RATES[optim],
+        "optim": asked.optim,
+        "learning_rate": RATES[asked.optim],
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
@@ -41,19 +41,23 @@ def settings(folder: Path, optim: str, kind: str) -> dict[str, object]:
         "report_to": "none",
         "seed": 0,
         "dataloader_num_workers": 0,
+        "output_dir": asked.output,
+        **asked.options,
     }
-    if (optim, kind) in OPTIONS:
-        found["optim_args"] = OPTIONS[optim, kind]
-    return found
 
 
-def train(folder: Path, optim: str, kind: str, name: str, middle: Path | None) -> None:
-    """ms-swift's training module, under our launcher."""
-    given = {**settings(folder, optim, kind), "output_dir": folder / name}
-    if middle is not None:
-        given["resume_from_checkpoint"] = middle
-    options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    call([sys.executable, "-m", "hf_sai.run", "-m", "swift.cli.sft", *options], folder)
+def train(asked: Run) -> None:
+    """ms-swift's command, under ours; it starts another Python, or torchrun where it is told how many."""
+    several = {"NPROC_PER_NODE": str(asked.processes), "MASTER_PORT": free_port()} if asked.processes > 1 else {}
+    options = [word for key, value in settings(asked).items() for word in (f"--{key}", value)]
+    call(["hf-sai", "run", "swift", "sft", *options], asked.folder, **several)
+
+
+def free_port() -> str:
+    """A port that nobody listens on; torchrun's own may be taken."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 
@@ -51,20 +54,21 @@ def write_chats(path: Path, count: int = 128) -> Path:
     return path
 
 
-def call(command: Sequence[str], folder: Path, **environment: str) -> str:
-    """What a command said; an error with its last lines where it failed."""
+def call(command: Sequence[object], folder: Path, **environment: str) -> str:
+    """What a command of this Python's environment said; an error with its last lines where it failed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     offline_only = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     found = subprocess.run(
-        command,
+        [str(word) for word in command],
         cwd=folder,
-        env={**os.environ, **offline_only, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **offline_only, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
     if found.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {found.returncode}:\n{found.stdout[-6000:]}")
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {found.returncode}:\n{found.stdout[-6000:]}")
     return found.stdout
 
 
@@ -103,30 +107,75 @@ def optimizer_of(folder: Path) -> str:
     return "sgd_sai" if "gsnr_max" in keys else "swan" if "routes" in keys else f"another, with {sorted(keys)}"
 
 
-def say(name: str, end: Path, again: Path) -> None:
-    """One line on a run: its loss, whose state it kept, and whether the resumed one ended with the same weights."""
+def say(name: str, end: Path, again: Path | None) -> None:
+    """One line on a run: its loss, whose state it kept, and whether a resumed one ended with the same weights."""
     first, last = losses(end)
-    equal = f"{differ(end, again)} of {len(weights(end))} tensors differ once resumed"
-    print(f"{name}: loss {first:.3f} -> {last:.3f}; state of {optimizer_of(end)}; {equal}", flush=True)
+    ranks = len(list(end.glob("rng_state*.pth")))
+    equal = f"{differ(end, again)} of {len(weights(end))} tensors differ once resumed" if again else "not resumed"
+    print(
+        f"{name}: ranks {ranks}, loss {first:.3f} -> {last:.3f}; state of {optimizer_of(end)}; {equal}",
+        flush=True,
+    )
 
 
-def run(about: str | None, train: Callable[[Path, str, str, str, Path | None], None]) -> None:
+@dataclass(frozen=True)
+class Run:
     """
-    Trains by a host, full and LoRA, with both optimizers, and once more from the middle; a line on each.
+    What a host is asked for.
+
+    Args:
+        folder (`Path`): Holds `model` and `data`; the run writes below it.
+        optim (`str`): A key of `RATES`.
+        kind (`str`): `"full"` or `"lora"`.
+        processes (`int`): How many the host is to start.
+        middle (`Path`, *optional*): The checkpoint to resume.
+    """
+
+    folder: Path
+    optim: str
+    kind: str
+    processes: int
+    middle: Path | None = None
+
+    @property
+    def output(self) -> Path:
+        """What it writes to."""
+        return self.folder / f"{self.optim}-{self.kind}-{self.processes}{'-again' if self.middle else ''}"
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What only some runs have, by the names of the Trainer."""
+        found: dict[str, object] = {}
+        if (self.optim, self.kind) in OPTIONS:
+            found["optim_args"] = OPTIONS[self.optim, self.kind]
+        if self.middle is not None:
+            found["resume_from_checkpoint"] = str(self.middle)
+        return found
+
+
+def run(about: str | None, train: Callable[[Run], None], resumable: Sequence[int] = (1, 2)) -> None:
+    """
+    Trains by a host with both optimizers, full and LoRA, in one process and in two, and once more from the middle; a
+    line on each.
 
     Args:
         about (`str`): What the program is, for its `--help`.
-        train (callable): Called with the folder that holds `model` and `data`, the optimizer, "full" or "lora", the
-            name of the folder to write to, and the checkpoint to resume, or `None`.
+        train (callable): Trains by the host's own command, under `hf-sai run`.
+        resumable (sequence of `int`, *optional*, defaults to `(1, 2)`): With how many processes the host can resume.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="to write to")
     folder = parser.parse_args().folder.resolve()
     write_model(folder / "model")
     write_chats(folder / "data" / "chats.jsonl")
-    for optim in RATES:
-        for kind in ("full", "lora"):
-            name, again = f"{optim}-{kind}", f"{optim}-{kind}-again"
-            train(folder, optim, kind, name, None)
-            train(folder, optim, kind, again, folder / name / f"checkpoint-{STEPS // 2}")
-            say(name, *(folder / each / f"checkpoint-{STEPS}" for each in (name, again)))
+
+    def end_of(asked: Run) -> Path:
+        shutil.rmtree(asked.output, ignore_errors=True)  # of an earlier time
+        train(asked)
+        return asked.output / f"checkpoint-{STEPS}"
+
+    for processes, optim, kind in product((1, 2), RATES, ("full", "lora")):
+        whole = Run(folder, optim, kind, processes)
+        end = end_of(whole)
+        half = replace(whole, middle=whole.output / f"checkpoint-{STEPS // 2}")
+        say(whole.output.name, end, end_of(half) if processes in resumable else None)

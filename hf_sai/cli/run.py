@@ -8,6 +8,7 @@ import os
 import pkgutil
 import runpy
 import sys
+import sysconfig
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType, ModuleType, TracebackType
@@ -157,16 +158,24 @@ def _execute(script: Script) -> None:
     and functions that are registered with `atexit` look for it. It gives `sys.argv[0]` and `__file__` of a script the
     same text, where Python leaves the one as typed and makes the other absolute.
     """
-    sys.argv[:] = [script.target, *script.arguments]
+    target = script.target if script.is_module else _command_of_this_python(script.target)
+    sys.argv[:] = [target, *script.arguments]
     if script.is_module:
         _set_path(os.getcwd())
-        _execute_module(script.target)
-    elif pkgutil.get_importer(script.target) is not None:  # a folder or an archive with a __main__.py
-        _set_path(script.target)
-        runpy.run_path(script.target, run_name="__main__")
+        _execute_module(target)
+    elif pkgutil.get_importer(target) is not None:  # a folder or an archive with a __main__.py
+        _set_path(target)
+        runpy.run_path(target, run_name="__main__")
     else:
-        _set_path(os.path.dirname(os.path.realpath(script.target)))
-        _execute_file(os.path.abspath(script.target))
+        _set_path(os.path.dirname(os.path.realpath(target)))
+        _execute_file(os.path.abspath(target))
+
+
+def _command_of_this_python(target: str) -> str:
+    """A command that a package brought, as `llamafactory-cli`, where there is nothing of that name to run here."""
+    found = os.path.join(sysconfig.get_path("scripts"), target)
+    here = os.path.isfile(target) or os.path.isfile(os.path.join(target, "__main__.py"))
+    return found if os.path.isfile(found) and not here else target
 
 
 def _set_path(folder: str) -> None:
