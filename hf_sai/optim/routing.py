@@ -36,8 +36,9 @@ _NOT_TARGETED = "not in target_modules"
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# How the layers are called that make an image into tokens, in transformers, timm and diffusers.
-_PATCHES = ("PatchEmbed", "PatchEmbedding", "PatchEmbeddings", "PatchEmbedder")
+# How the layers are called that make an image into tokens, in transformers, timm and diffusers. PiT's name is whole:
+# layers of other models that end so have positions in them.
+_PATCHES = re.compile(r"\w*(Patch|Hybrid)Embed(ding|dings|der|WithSize)?|ConvEmbedding|NaFlexEmbeds|PixelEmbed")
 # The factors of LoRA as PEFT calls them, and as kohya's sd-scripts, OneTrainer and ai-toolkit do.
 _FACTORS = (("lora_A", "lora_B"), ("lora_down", "lora_up"))
 _ROLES = {name: role for pair in _FACTORS for name, role in zip(pair, "ab", strict=True)}
@@ -247,10 +248,12 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]
             tables.add(module.weight)
         # Of a text model a table, of others what makes patches or frames into tokens.
         embedding = next(iter(_asked(module, "get_input_embeddings")), None)
-        if embedding is None and type(module).__name__.endswith(_PATCHES):
+        if embedding is None and _PATCHES.fullmatch(type(module).__name__):
             embedding = module
         if embedding is not None and not isinstance(embedding, type(model)):
-            tables.update(embedding.parameters())
+            # In a hybrid a convolutional network comes first, whose layers are like those of any other.
+            backbone = embedding._modules.get("backbone")
+            tables.update(set(embedding.parameters()) - set(backbone.parameters() if backbone is not None else ()))
         for method in ("get_output_embeddings", "get_classifier"):  # of transformers, of timm
             heads.update(each for head in _asked(module, method) for each in head.modules())
         # sentence-transformers: a loss with layers of its own, beside the model.
