@@ -35,7 +35,7 @@ def _here(folder, arguments):
     from hf_sai.cli import app
 
     os.chdir(folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     app(arguments, prog_name="hf-sai")
