@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -161,6 +162,8 @@ def glue(tmp_path_factory):
 def test_the_loop_that_accelerate_tests_its_checkpoints_with(processes, glue, tmp_path, optim):
     """It is part of accelerate's package: BERT on MRPC, as in `nlp_example.py`. It checks what it loads by itself."""
     own = "accelerate.test_utils.scripts.external_deps.test_checkpointing"
+    if "nyu-mll/glue" not in Path(importlib.util.find_spec(own).origin).read_text():
+        pytest.skip("an older accelerate, which calls data and metric by one name")
     launch = ("run", "--optim", optim, "-m", own, "--output_dir", str(tmp_path))
     code, output = forked(processes, glue, *launch)
     assert code == 0, output
