@@ -18,7 +18,7 @@ from support.trainers import trainable
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from hf_sai import GSNRReport, make_trainer
+from hf_sai import GSNRReport, OptionError, make_trainer
 from hf_sai.hub.card import BEGIN
 from hf_sai.live import unwrap_optimizer
 from hf_sai.optim import route_parameters
@@ -112,6 +112,22 @@ def test_the_classifier_of_a_loss_is_a_head(tmp_path, bert):
         "classifier.weight",
         "classifier.bias",
     ]
+
+
+def test_rates_for_parts_of_the_model(tmp_path, bert):
+    """Its own way to them: `sgd_sai` takes the groups that it makes, SWAN refuses them in words."""
+    parts = {"learning_rate_mapping": {r"word_embeddings": 0.5, r"layer\.1\.": 0.25}}
+    trainer = trainer_of(tmp_path, bert, "sgd_sai", **parts)
+    trainer.create_optimizer()
+    groups = unwrap_optimizer(trainer.optimizer).param_groups
+    rates = {param: group["lr"] for group in groups for param in group["params"]}
+    expected = {
+        param: 0.5 if "word_embeddings" in name else 0.25 if "layer.1." in name else RATES["sgd_sai"]
+        for name, param in trainer.model.named_parameters()
+    }
+    assert rates == expected
+    with pytest.raises(OptionError, match="but the trainer's learning_rate_mapping makes groups without them"):
+        trainer_of(tmp_path, bert, "swan", **parts).create_optimizer()
 
 
 LOSSES = {
