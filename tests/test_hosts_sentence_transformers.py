@@ -288,6 +288,7 @@ GSNRReport.from_optimizer(optimizers[0]).save("out")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("setfit") is None, reason="needs setfit")
 @pytest.mark.parametrize(("optim", "whole"), [("sgd_sai", True), ("swan", True), ("swan", False)])
 def test_setfits_second_training(processes, tmp_path, bert, optim, whole):

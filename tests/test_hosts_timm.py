@@ -72,6 +72,7 @@ print("RAN", type(optimizer).__name__, moved == len(before), decays)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optim", "cls"), [("sgd_sai", "SGDSaI"), ("swan", "SWAN")])
 def test_its_factory_under_the_launcher(processes, tmp_path, optim, cls):
     """As `hf-sai run --optim swan train.py --opt adamw` has it."""
