@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import runpy
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from transformers import BertConfig, BertModel
 
 import hf_sai
 from hf_sai import GSNRReport
@@ -127,6 +130,45 @@ def test_layer_wise_refuses_clipping_and_trains_without(tmp_path, example, monke
     plain = made(example, optim.removesuffix("_layerwise"))
     example.train(plain, tmp_path, max_steps=STEPS, enable_checkpointing=False)
     torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def linear(*sizes):
+    """As Lightning's own examples have them: layers and activations in a Sequential."""
+    return nn.Sequential(*[part for each in itertools.pairwise(sizes) for part in (nn.Linear(*each), nn.ReLU())])
+
+
+def bert():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertModel(BertConfig(vocab_size=32, **sizes))
+
+
+def transformer():
+    block = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    return nn.TransformerEncoder(block, 3, enable_nested_tensor=False)
+
+
+# What a module holds; how many layers there are, and how many tensors outside of them. A layer is what repeats.
+MODULES = {
+    "autoencoder": (lambda: {"encoder": linear(8, 6, 3), "decoder": linear(3, 6, 8)}, 0, 8),
+    "two networks": (lambda: {"generator": linear(4, 8, 16, 32), "discriminator": linear(32, 16, 8, 1)}, 0, 12),
+    "a network in parts": (lambda: {"net": nn.Sequential(nn.Embedding(8, 16), transformer(), nn.Linear(16, 8))}, 3, 3),
+    "four heads": (lambda: {"model": bert(), "heads": nn.ModuleList([nn.Linear(16, 2) for _ in range(4)])}, 2, 15),
+    "student and teacher": (lambda: {"student": bert(), "teacher": bert()}, 2, 14),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_layers_of_a_module(name):
+    import lightning
+
+    parts, layers, outside = MODULES[name]
+    module = lightning.LightningModule()
+    for attribute, part in parts().items():
+        setattr(module, attribute, part)
+    optimizer = hf_sai.create_optimizer("sgd_sai", module, lr=0.1)
+    found = [row.layer for row in GSNRReport.from_optimizer(optimizer).rows]
+    assert set(found) - {None} == set(range(layers))
+    assert found.count(None) == outside
 
 
 def test_the_example_itself(tmp_path, example, monkeypatch, capsys):

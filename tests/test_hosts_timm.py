@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import importlib.util
 
 import pytest
 import torch
+from support.processes import forked
+from support.timm_alone import import_timm
 
 from hf_sai.optim import route_parameters
 
 
-pytest.importorskip("torchvision")
-timm = pytest.importorskip("timm")
+if importlib.util.find_spec("timm") is None:
+    pytest.skip("needs timm, which `make` installs", allow_module_level=True)
+timm = import_timm()
 
 # Head, and what makes patches into tokens, by the beginnings of names.
 MODELS = {
@@ -20,6 +22,12 @@ MODELS = {
     "deit_tiny_distilled_patch16_224": (("head.", "head_dist."), "patch_embed."),
     "swin_tiny_patch4_window7_224": ("head.fc.", "patch_embed."),
     "mixer_s32_224": ("head.", "stem."),
+    "vit_tiny_r_s16_p8_224": ("head.", "patch_embed.proj."),  # a stem of convolutions before its patches
+    "vit_small_resnet26d_224": ("head.", "patch_embed.proj."),  # a whole network before them
+    "vitamin_small_224": ("head.", ()),  # the same, without a projection
+    "pit_ti_224": ("head.", "patch_embed."),
+    "tnt_s_patch16_224": ("head.", "pixel_embed."),
+    "naflexvit_base_patch16_gap": ("head.", "embeds."),
     "convnext_atto": ("head.fc.", ()),
     "resnet18": ("fc.", ()),
     "efficientnet_b0": ("classifier.", ()),
@@ -49,7 +57,9 @@ def test_heads_and_patch_embeddings_go_to_adam(name):
 
 
 SCRIPT = """
-import timm, torch
+import torch
+from support.timm_alone import import_timm
+timm = import_timm()
 from timm.optim import create_optimizer_v2
 model = timm.create_model("test_vit")
 optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
@@ -62,15 +72,11 @@ print("RAN", type(optimizer).__name__, moved == len(before), decays)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optim", "cls"), [("sgd_sai", "SGDSaI"), ("swan", "SWAN")])
-def test_its_factory_under_the_launcher(tmp_path, optim, cls):
+def test_its_factory_under_the_launcher(processes, tmp_path, optim, cls):
     """As `hf-sai run --optim swan train.py --opt adamw` has it."""
     (tmp_path / "train.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_sai.run", "--optim", optim, str(tmp_path / "train.py")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert f"RAN {cls} True [0.0, 0.05]" in done.stdout, done.stderr[-2000:]
+    code, output = forked(processes, tmp_path, "run", "--optim", optim, "train.py")
+    assert code == 0, output
+    assert f"RAN {cls} True [0.0, 0.05]" in output

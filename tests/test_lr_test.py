@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 
 import numpy
 import pytest
 import torch
 from support.models import tiny_llama, tiny_lora, token_blocks
+from support.processes import forked
 from support.trainers import arguments, files_below, trainable
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,7 +18,6 @@ from transformers import Trainer
 
 import hf_sai
 from hf_sai import OptionError, SaITrainer, cli, lr_find, lr_test
-from hf_sai.cli import app
 from hf_sai.lr_test import LRTest, Trial
 from hf_sai.rehearsal import rehearse
 
@@ -292,15 +291,6 @@ def test_every_trial_begins_with_the_trainers_own_numbers(tmp_path):
     assert "steps_made" not in vars(trainer)
 
 
-def run_here(folder, arguments):
-    """`hf-sai lr` in this process, for a fork."""
-    os.chdir(folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    app(["lr", *arguments], prog_name="hf-sai")
-
-
 @pytest.mark.parametrize(
     ("flags", "code", "said", "files"),
     [
@@ -314,11 +304,8 @@ def run_here(folder, arguments):
 def test_the_command_tests_in_the_place_of_a_scripts_training(processes, tmp_path, flags, code, said, files):
     (tmp_path / "train.py").write_text(SCRIPT)
     options = "--output_dir out --optim sgd_sai --use_cpu --report_to none --per_device_train_batch_size 1"
-    process = processes.Process(target=run_here, args=(tmp_path, flags.format(options).split()))
-    process.start()
-    process.join(100)
-    output = (tmp_path / "output.txt").read_text()
-    assert process.exitcode == code, output
+    found, output = forked(processes, tmp_path, "lr", *flags.format(options).split())
+    assert found == code, output
     assert said in output
     assert ("the script went on" in output) == (code == 1)
     written = {str(path.relative_to(tmp_path)) for path in files_below(tmp_path)} - {"train.py", "output.txt"}

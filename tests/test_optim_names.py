@@ -114,10 +114,10 @@ def test_sft_config_and_its_parser():
     assert parsed.optim == "sgd_sai"
 
 
-@pytest.mark.parametrize("version", ["4.57.0", "5.1.9", "6.0.0", "6.0.0rc1"])
+@pytest.mark.parametrize("version", ["4.57.0", "5.3.9", "6.0.0", "6.0.0rc1"])
 def test_unsupported_versions_are_refused_with_those_that_work(version, monkeypatch):
     monkeypatch.setattr(compat.importlib.metadata, "version", lambda package: version)
-    with pytest.raises(trainer_patches.UnsupportedHostError, match=rf">= 5.2 and < 6, but {version} is installed"):
+    with pytest.raises(trainer_patches.UnsupportedHostError, match=rf">= 5.4 and < 6, but {version} is installed"):
         hf_sai.register()
 
 
@@ -131,7 +131,7 @@ with warnings.catch_warnings(record=True) as caught:
     import hf_sai.optim
 print([str(w.message)[:60] for w in caught if "4.57.0" in str(w.message)], hf_sai.optim.SGDSaI.__name__)
 """
-    assert run_python(code) == "['optimizer names can be added to transformers >= 5.2 and < 6,'] SGDSaI\n"
+    assert run_python(code) == "['optimizer names can be added to transformers >= 5.4 and < 6,'] SGDSaI\n"
 
 
 def test_a_handler_of_others_in_the_table_is_refused_and_kept(monkeypatch):

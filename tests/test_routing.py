@@ -8,9 +8,13 @@ from peft import LoraConfig, get_peft_model
 from support.models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_vit
 from torch import nn
 from transformers import (
+    BitConfig,
+    DPTConfig,
+    DPTForDepthEstimation,
     LlamaForSequenceClassification,
 )
 
+from hf_sai.optim.groups import swan_groups_of
 from hf_sai.optim.routing import ADAM, Layout, layout_of, route_by_shape, route_parameters, summary
 
 
@@ -80,6 +84,32 @@ def test_vit_keeps_its_patches_and_its_classifier_from_being_whitened():
     assert found["vit.embeddings.patch_embeddings.projection.weight"] == (ADAM, "embedding")
     assert found["vit.embeddings.position_embeddings"] == (ADAM, "not a matrix")
     assert found["classifier.weight"] == (ADAM, "output head")
+
+
+def test_a_hybrids_projection_is_its_patch_embedding_and_its_network_is_whitened():
+    network = BitConfig(embedding_size=8, hidden_sizes=[8, 8, 16], depths=[1, 1, 1], num_groups=4)
+    network.out_features = ["stage1", "stage2", "stage3"]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"image_size": 32, "neck_hidden_sizes": [4, 4, 8, 8], "fusion_hidden_size": 8}
+    model = DPTForDepthEstimation(
+        DPTConfig(is_hybrid=True, **sizes, backbone_config=network, backbone_featmap_shape=[1, 16, 2, 2])
+    )
+    found = routed(model)
+    assert found["dpt.embeddings.projection.weight"] == (ADAM, "embedding")
+    inside = {name: route for name, route in found.items() if ".backbone." in name and "conv" in name}
+    assert len(inside) == 13
+    assert set(inside.values()) == {("matrix", "convolution, flattened")}
+
+
+def test_what_is_frozen_yet_is_routed_by_its_module_too():
+    """Scripts hand all of a model to the optimizer and let parts of it train later."""
+    model = tiny_llama()
+    expected = routed(model)
+    model.requires_grad_(False)
+    groups, lost, _ = swan_groups_of([{"params": list(model.named_parameters())}], [model])
+    names = [name for name, _ in groups[0]["params"]]
+    assert dict(zip(names, zip(groups[0]["routes"], groups[0]["reasons"], strict=True), strict=True)) == expected
+    assert lost == 0
 
 
 def test_experts_are_a_batch_of_matrices():

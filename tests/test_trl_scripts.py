@@ -10,12 +10,11 @@ import sys
 import pytest
 import torch
 from support.models import tiny_llama
-from support.processes import HF_SAI, assert_ended, call, free_port
+from support.processes import HF_SAI, assert_ended, call, forked, free_port
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_sai import GSNRReport
-from hf_sai.cli import app
 
 
 OPTIONS = "--use_cpu --bf16 False --report_to none --max_steps 2 --per_device_train_batch_size 2 --save_steps 2"
@@ -29,11 +28,7 @@ ROWS = {
 # A reward that differs between completions: without that no gradient.
 REWARDS = "def of_letters(completions, **unused):\n    return [sum(map(ord, each)) % 7.0 for each in completions]\n"
 GRPO = ["--reward_funcs", "rewards.of_letters", "--num_generations", "2", "--max_completion_length", "6"]
-# In CI each script, each optimizer, with and without an adapter; all of them with HF_SAI_LONG_TESTS=1.
 OPTIM_ARGS = {"sgd_sai": "momentum=0.8", "swan": "scale=2.0"}
-CASES = [("sft", "sgd_sai", True), ("dpo", "swan", False), ("reward", "swan", True), ("grpo", "sgd_sai", False)]
-if "HF_SAI_LONG_TESTS" in os.environ:
-    CASES = list(itertools.product(ROWS, OPTIM_ARGS, (False, True)))
 LAYERS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -101,25 +96,13 @@ def check(folder, script, optim, peft):
         assert {"LoRA B"} < reasons if peft else {"linear layer", "embedding"} <= reasons
 
 
-def run_here(folder, arguments, name="run"):
-    """`hf-sai run`, or another command, in this process, for a fork."""
-    os.chdir(folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    app([name, *arguments], prog_name="hf-sai")
-
-
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("script", "optim", "peft"), CASES)
+@pytest.mark.parametrize(("script", "optim", "peft"), [*itertools.product(ROWS, OPTIM_ARGS, (False, True))])
 def test_a_script_trains_with_the_optimizer_of_its_option(processes, files, tmp_path, script, optim, peft):
     (tmp_path / "rewards.py").write_text(REWARDS)
     arguments = command(files, script, optim, OPTIM_ARGS[optim], peft)
-    process = processes.Process(target=run_here, args=(tmp_path, arguments))
-    process.start()
-    process.join(100)
-    output = (tmp_path / "output.txt").read_text()
-    assert process.exitcode == 0, output
+    code, output = forked(processes, tmp_path, "run", *arguments)
+    assert code == 0, output
     assert "hf_sai" not in output
     assert "Training completed" in output
     assert output.count("which is made for Adam; sgd_sai needs another") == (optim == "sgd_sai")
@@ -128,12 +111,9 @@ def test_a_script_trains_with_the_optimizer_of_its_option(processes, files, tmp_
 
 @pytest.mark.timeout(120)
 def test_a_learning_rate_is_found_in_the_place_of_a_scripts_training(processes, files, tmp_path):
-    arguments = ["--updates", "6", *command(files, "sft", "sgd_sai", "lora_policy=paired", peft=True)]
-    process = processes.Process(target=run_here, args=(tmp_path, arguments, "lr"))
-    process.start()
-    process.join(100)
-    output = (tmp_path / "output.txt").read_text()
-    assert process.exitcode == 0, output
+    arguments = command(files, "sft", "sgd_sai", "lora_policy=paired", peft=True)
+    code, output = forked(processes, tmp_path, "lr", "--updates", "6", *arguments)
+    assert code == 0, output
     assert "Try learning_rate=" in output
     assert "Training completed" not in output
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["lr_test.png"]

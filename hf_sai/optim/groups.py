@@ -149,7 +149,7 @@ def swan_groups_of(
     known: dict[Tensor, tuple[str, str]] = {}
     if modules:  # with a matrix beside them: whether there is one is asked of the whole optimizer, when it is built
         tree = nn.ModuleList([*modules, nn.Linear(2, 2)])
-        rows = route_parameters(tree, lora_policy=lora_whitening, split_qkv=split_qkv)
+        rows = route_parameters(tree, lora_policy=lora_whitening, split_qkv=split_qkv, frozen=True)
         known = {row.param: (row.route, row.reason) for row in rows}
     routed, lost, counted = [], 0, []
     for group in groups:

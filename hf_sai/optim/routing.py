@@ -36,8 +36,9 @@ _NOT_TARGETED = "not in target_modules"
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# How the layers are called that make an image into tokens, in transformers, timm and diffusers.
-_PATCHES = ("PatchEmbed", "PatchEmbedding", "PatchEmbeddings", "PatchEmbedder")
+# How the layers are called that make an image into tokens, in transformers, timm and diffusers. PiT's name is whole:
+# layers of other models that end so have positions in them.
+_PATCHES = re.compile(r"\w*(Patch|Hybrid)Embed(ding|dings|der|WithSize)?|ConvEmbedding|NaFlexEmbeds|PixelEmbed")
 # The factors of LoRA as PEFT calls them, and as kohya's sd-scripts, OneTrainer and ai-toolkit do.
 _FACTORS = (("lora_A", "lora_B"), ("lora_down", "lora_up"))
 _ROLES = {name: role for pair in _FACTORS for name, role in zip(pair, "ab", strict=True)}
@@ -157,6 +158,7 @@ def route_parameters(
     targets: Callable[[str, nn.Module], bool] | None = None,
     lora_policy: LoraPolicy = "b_only",
     split_qkv: bool = False,
+    frozen: bool = False,
 ) -> list[Route]:
     """
     Routes every trainable parameter of a model, each once, in the order of `named_parameters()`.
@@ -170,6 +172,7 @@ def route_parameters(
             a user sets as SWAN's option `lora_whitening`.
         split_qkv (`bool`, *optional*, defaults to `False`): Whether a layer that makes query, key and value at once is
             whitened as three matrices. Whole, its largest singular direction is shared by the three.
+        frozen (`bool`, *optional*, defaults to `False`): Whether those that do not train, or not yet, are routed too.
 
     Raises:
         `ValueError`: `lora_policy` is not known, or it or `targets` leaves nothing to whiten. A model without a matrix
@@ -183,7 +186,7 @@ def route_parameters(
         owners.setdefault(param, []).append(owner)
     routes = []
     for name, param in named_parameters(model):
-        if param.requires_grad:
+        if frozen or param.requires_grad:
             route, reason = _route(param, owners[param], tables, targets, lora_policy, split_qkv)
             routes.append(Route(name, param, route, reason))
     if routes and all(route.route == ADAM for route in routes):
@@ -247,17 +250,22 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[Tensor], set[nn.Module]
             tables.add(module.weight)
         # Of a text model a table, of others what makes patches or frames into tokens.
         embedding = next(iter(_asked(module, "get_input_embeddings")), None)
-        if embedding is None and type(module).__name__.endswith(_PATCHES):
+        if embedding is None and _PATCHES.fullmatch(type(module).__name__):
             embedding = module
         if embedding is not None and not isinstance(embedding, type(model)):
-            tables.update(embedding.parameters())
+            # In a hybrid a convolutional network comes first, whose layers are like those of any other.
+            backbone = embedding._modules.get("backbone")
+            tables.update(set(embedding.parameters()) - set(backbone.parameters() if backbone is not None else ()))
         for method in ("get_output_embeddings", "get_classifier"):  # of transformers, of timm
             heads.update(each for head in _asked(module, method) for each in head.modules())
-        # sentence-transformers: a loss with layers of its own, beside the model.
-        if hasattr(dict(module.named_children()).get("model"), "get_sentence_embedding_dimension"):
-            heads.update(
-                each for name, child in module.named_children() if name != "model" for each in child.modules()
-            )
+        # sentence-transformers: a loss with layers of its own, beside the model that it and the losses in it hold.
+        encoder = dict(module.named_children()).get("model")
+        if hasattr(encoder, "get_sentence_embedding_dimension"):
+            encoders = (each for each in module.modules() if isinstance(each, type(encoder)))
+            inside = {part for each in encoders for part in each.modules()}
+            heads.update(set(module.modules()) - inside - {module})
+        if type(module).__name__ == "SetFitHead":  # no part of the model
+            heads.update(module.modules())
         # What a model has beside its backbone is a head. Asked of the class: PEFT's wrappers hand attributes through.
         backbone = dict(module.named_children()).get(getattr(type(module), "base_model_prefix", ""))
         for child in module.children() if backbone is not None else ():
@@ -308,7 +316,7 @@ def _route(
     """Route and reason of one parameter; the first rule that fits."""
     owner = owners[0]
     if param in tables:
-        return ADAM, "embedding" if len(owners) == 1 else "embedding, tied"
+        return ADAM, "embedding" if len({each.module for each in owners}) == 1 else "embedding, tied"
     if any(each.is_head for each in owners):
         return ADAM, "output head"
     if owner.lora == "other":

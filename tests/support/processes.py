@@ -31,6 +31,24 @@ def call(command, cwd, **env):
     )
 
 
+def _here(folder, arguments):
+    from hf_sai.cli import app
+
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    app(arguments, prog_name="hf-sai")
+
+
+def forked(processes, folder, *arguments):
+    """Exit code and output of `hf-sai ARGUMENTS`, run in a folder by one of the `processes` that have imported all."""
+    process = processes.Process(target=_here, args=(folder, arguments))
+    process.start()
+    process.join(100)
+    return process.exitcode, (folder / "output.txt").read_text()
+
+
 def assert_ended(done):
     """
     Both processes came to their end. Under load gloo's threads (torch 2.13) at times abort a process that is through
