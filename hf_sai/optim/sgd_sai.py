@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from .lora_pairs import bounded_pairs, check_pairs, finite_norms, first_factor
 from .scales import SHARED, MeasuredScales
 from .sgd_batch import Batch, next_coefficients
 from .sgd_options import FROM_TEXT, SAVED_KEYS, STATE_DTYPES, check_options, dtype_name, rows_in
-from .sgd_update import update
+from .sgd_update import goes_alone, update, update_alone
 from .stall import loses_digits, peak_rate, warn_of_stall
 from .tensors import BLOCK_NUMEL, buffer_dtype, gradient_of, is_sharded, local, low_precision
 from .zero_layout import ZeroLayoutError
@@ -231,7 +232,7 @@ class SGDSaI(MeasuredScales):
     def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
         """Updates those of some tensors that have a gradient."""
         normalizer = self._normalizer()
-        for group_index, some in itertools.groupby(places, key=lambda place: place[0]):
+        for group_index, some in itertools.groupby(places, key=operator.itemgetter(0)):
             params = (param for _, _, param in some)
             self._update(self.param_groups[group_index], params, normalizer, self._first, self._skipped)
 
@@ -316,6 +317,8 @@ class SGDSaI(MeasuredScales):
         skipped: set[Tensor],
     ) -> None:
         """Updates tensors of a group."""
+        momentum, foreach, maximize = group["momentum"], group["foreach"], group["maximize"]
+        fused = False if torch.compiler.is_compiling() else group["fused"]  # the compiler fuses by itself
         ready = [each for each in params if each.grad is not None and not (skipped and each in skipped)]
         grads = [gradient_of(param) for param in ready]
         before: dict[int, dict[str, Any]] = {}
@@ -333,7 +336,7 @@ class SGDSaI(MeasuredScales):
             if index in found.bad:
                 continue
             state, flag = self.state[param], found.on_device.get(index)
-            moving = bool(state["gsnr"] and group["momentum"])
+            moving = bool(momentum and state["gsnr"])
             if not moving and state.get("decay_ratio", 0.0) > 0.0:
                 _unfold_decay(state, param)
             if flag is not None:
@@ -341,21 +344,21 @@ class SGDSaI(MeasuredScales):
             if moving and "momentum_buffer" not in state:  # momentum was switched on after the first step
                 self._add_buffer(group, param)
             starts = moving and (state["decay_ratio"] == _NOT_BEGUN or (bool(first) and param in first))  # m_1 = g_1
+            grad = paired[param] if paired and param in paired else local(grads[index])
+            buffer = local(state["momentum_buffer"]) if moving else None
+            coefficients, mine = next_coefficients(group, state, step, normalizer, starts), local(param)
+            if not rounds and goes_alone(mine, grad, buffer, step, foreach, fused):  # batches would cost time
+                update_alone(mine, grad, buffer, coefficients, maximize, flag)
+                continue
             error = self._error(group, state, param) if rounds else None
             # Pieces differ in size from rank to rank, and so does what noise they take.
             key = (moving, id(flag), error is not None, rounds and is_sharded(param))
             batch = batches.get(key)
             if batch is None:
-                batch = batches[key] = Batch(group["maximize"], self._rounding(group), found=flag)
-            if moving:
-                batch.buffers.append(local(state["momentum_buffer"]))
-            if error is not None:
-                batch.errors.append(local(error))
-            batch.params.append(local(param))
-            batch.grads.append(paired[param] if paired and param in paired else local(grads[index]))
-            batch.coefficients.append(next_coefficients(group, state, step, normalizer, starts))
+                batch = batches[key] = Batch(maximize, self._rounding(group), found=flag)
+            batch.append(mine, grad, buffer, coefficients, None if error is None else local(error))
         for batch in batches.values():
-            update(batch, group["foreach"], group["fused"])
+            update(batch, foreach, fused)
 
     def _error(self, group: dict[str, Any], state: dict[str, Any], param: Tensor) -> Tensor | None:
         """What rounding has lost of a parameter so far, where that is kept."""

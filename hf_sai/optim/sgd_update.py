@@ -60,8 +60,6 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
         fused (`bool`, *optional*): `None` means the ready-made kernel. `True` compiles for low precision on the CPU,
             which the kernel can't do there. `False`: no kernel, but `torch._foreach_*` where `foreach` is not `False`.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses by itself
-        fused = False
     by_path: dict[str, list[int]] = {}
     for index, row in enumerate(batch):
         by_path.setdefault(_path(*row, batch, foreach, fused), []).append(index)
@@ -71,13 +69,31 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
         if path == "compiled":
             _compiled(part)
         elif path == "fused":
-            _fused(part)
+            for row in part:
+                update_alone(*row, part.maximize, part.found)
         elif path == "together":
             _together(part, kernel)
         elif path == "wide":
             _wide(part, kernel)
         else:
             _single(part)
+
+
+def goes_alone(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, step: float | Tensor, foreach: bool | None, fused: bool | None
+) -> bool:
+    """Whether a tensor is on the CPU and has a call of the kernel to itself."""
+    dtype = param.dtype
+    return (
+        not is_accelerator(param)
+        and (fused or (fused is None and not foreach))
+        and dtype in _NATIVE
+        and grad.dtype is dtype
+        and (buffer is None or buffer.dtype is dtype)
+        and isinstance(step, float)  # a tensor would be read by the kernel
+        and in_order(param, grad, buffer)
+        and param.numel() > 0
+    )
 
 
 def _path(
@@ -90,27 +106,28 @@ def _path(
     fused: bool | None,
 ) -> str:
     """Which path a tensor takes."""
-    numel, dtype, device = param.numel(), param.dtype, param.device
+    if goes_alone(param, grad, buffer, c.step, foreach, fused):
+        return "fused"
+    numel, dtype = param.numel(), param.dtype
     if not numel:
         return "single"
-    same = grad.dtype == dtype and (buffer is None or buffer.dtype == dtype)
+    same = grad.dtype is dtype and (buffer is None or buffer.dtype is dtype)
     native = same and dtype in _NATIVE
-    by_tensor = isinstance(c.step, Tensor)
-    if not is_accelerator(device):
-        if native and not by_tensor:  # a tensor would be read by the kernel
-            if (fused or (fused is None and not foreach)) and in_order(param, grad, buffer):
-                return "fused"
+    if not is_accelerator(param):
+        by_tensor = isinstance(c.step, Tensor)
+        if native and not by_tensor:
             return "together" if foreach else "single"
         rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
         generates = fused and not native and buffer is not None and not rounds and not by_tensor
         if generates and numel >= COMPILED_NUMEL and not _compile_failed and in_order(param, grad, buffer):
             return "compiled"
         return "single"
-    has_kernel = device.type in FUSED_DEVICES and in_order(param, grad, buffer)
+    on_device = param.device.type in FUSED_DEVICES
+    has_kernel = on_device and in_order(param, grad, buffer)
     rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
     if foreach is False and fused is False:
         return "single"
-    if not same or rounds or (low_precision(dtype) and (device.type not in FUSED_DEVICES or fused is False)):
+    if not same or rounds or (low_precision(dtype) and (not on_device or fused is False)):
         return "wide"
     if has_kernel and fused is not False and (foreach is False or numel >= ACCELERATOR_FUSED_NUMEL) and _by_itself(c):
         return "fused"
@@ -171,15 +188,18 @@ def _by_itself(c: Coefficients) -> bool:
     return not (c.pull and c.after)
 
 
-def _fused(batch: Batch) -> None:
-    for param, grad, buffer, c in batch:
-        if buffer is None:
-            _call([param], [grad], [], c.step * c.weight, c.pull / c.weight, batch)
-        elif c.after:  # N + w (g + (keep - 1) / w N), then p - step (N + after p)
-            _call([buffer], [grad], [], -c.weight, (c.keep - 1.0) / c.weight, batch)
-            _call([param], [buffer], [], c.step, c.after, Batch(found=batch.found))
-        else:
-            _call([param], [grad], [buffer], c.step, c.pull / c.weight, batch, c.keep, 1.0 - c.weight)
+def update_alone(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, c: Coefficients, maximize: bool, found: Tensor | None
+) -> None:
+    """One tensor; flags as [`Batch`] has them."""
+    keep, weight, pull, step, after = c
+    if buffer is None:
+        _call([param], [grad], [], step * weight, pull / weight, maximize, found)
+    elif after:  # N + w (g + (keep - 1) / w N), then p - step (N + after p)
+        _call([buffer], [grad], [], -weight, (keep - 1.0) / weight, maximize, found)
+        _call([param], [buffer], [], step, after, False, found)
+    else:
+        _call([param], [grad], [buffer], step, pull / weight, maximize, found, keep, 1.0 - weight)
 
 
 # The kernel takes a momentum of 0 for "there is no buffer".
@@ -192,7 +212,7 @@ _NOTHING = 1e-300
 def _together(batch: Batch, kernel: bool = True) -> None:
     """Lists of one device, dtype and coefficients at a time, so that the scaled gradients stay below a bound."""
     for part in _alike(batch):
-        bound = LIST_NUMEL if is_accelerator(part.params[0].device) else BLOCK_NUMEL
+        bound = LIST_NUMEL if is_accelerator(part.params[0]) else BLOCK_NUMEL
         for indices in sublists(part.params, bound):
             _step_of_list(part.take(indices), kernel)
 
@@ -213,7 +233,7 @@ def _step_of_list(batch: Batch, kernel: bool, own_grads: bool = False) -> None:
     params, grads, buffers, c = batch.params, batch.grads, batch.buffers, batch.coefficients[0]
     has_kernel = kernel and params[0].device.type in FUSED_DEVICES and in_order(params[0], grads[0], *buffers[:1])
     if has_kernel and len(params) == 1 and _by_itself(c):
-        _fused(batch)
+        update_alone(*next(iter(batch)), batch.maximize, batch.found)
         return
     weights = [batch.sign * each.weight for each in batch.coefficients]
     if any(weight != 1.0 for weight in weights):
@@ -223,16 +243,16 @@ def _step_of_list(batch: Batch, kernel: bool, own_grads: bool = False) -> None:
             grads = list(torch._foreach_mul(grads, weights))
     by_tensor = isinstance(c.step, Tensor)
     if has_kernel:
-        plain = Batch(found=batch.found)
+        plain = False, batch.found
         if not by_tensor:
-            _call(params, grads, buffers, c.step, c.pull, plain, c.keep)
+            _call(params, grads, buffers, c.step, c.pull, *plain, c.keep)
             return
         if buffers and c.pull:
             with unless(batch.found, buffers):
                 _advance(params, grads, buffers, c)
         elif buffers:  # N + (g + (keep - 1) N), by the kernel, which takes the flag
-            _call(buffers, grads, [], -1.0, c.keep - 1.0, plain)
-        _call(params, buffers or grads, [], c.step, c.after if buffers else c.pull, plain)
+            _call(buffers, grads, [], -1.0, c.keep - 1.0, *plain)
+        _call(params, buffers or grads, [], c.step, c.after if buffers else c.pull, *plain)
         return
     with unless(batch.found, params, buffers):
         if buffers:
@@ -260,7 +280,8 @@ def _call(
     buffers: list[Tensor],
     step: Any,
     decay: float,
-    batch: Batch,
+    maximize: bool,
+    found: Tensor | None,
     momentum: float = 0.0,
     dampening: float = 0.0,
 ) -> None:
@@ -268,14 +289,14 @@ def _call(
         params,
         grads,
         buffers,
-        lr=step.float() if isinstance(step, Tensor) else step,  # the kernel reads float32
+        lr=step if isinstance(step, float) else step.float(),  # the kernel reads float32
         weight_decay=decay,
         momentum=(momentum or _NOTHING) if buffers else 0.0,
         dampening=dampening,
         nesterov=False,
-        maximize=batch.maximize,
+        maximize=maximize,
         is_first_step=False,
-        found_inf=batch.found,
+        found_inf=found,
     )
 
 
