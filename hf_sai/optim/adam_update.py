@@ -134,6 +134,7 @@ def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
         with unless(options["found_inf"], batch.params, batch.means, batch.squares, batch.steps):
             _call(batch, fused=False, options={**options, "found_inf": None})
         return
+    fused = fused and not torch.compiler.is_compiling()  # torch keeps the compiler from its kernel
     adamw(
         batch.params,
         batch.grads,

@@ -233,7 +233,7 @@ class SGDSaI(MeasuredScales):
         """Updates those of some tensors that have a gradient."""
         normalizer = self._normalizer()
         for group_index, some in itertools.groupby(places, key=operator.itemgetter(0)):
-            params = (param for _, _, param in some)
+            params = [param for _, _, param in some]
             self._update(self.param_groups[group_index], params, normalizer, self._first, self._skipped)
 
     def _refuse_pieces(self) -> None:

@@ -60,6 +60,8 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
         fused (`bool`, *optional*): `None` means the ready-made kernel. `True` compiles for low precision on the CPU,
             which the kernel can't do there. `False`: no kernel, but `torch._foreach_*` where `foreach` is not `False`.
     """
+    if torch.compiler.is_compiling():  # the compiler fuses by itself
+        fused = False
     by_path: dict[str, list[int]] = {}
     for index, row in enumerate(batch):
         by_path.setdefault(_path(*row, batch, foreach, fused), []).append(index)
