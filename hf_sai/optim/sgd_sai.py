@@ -356,7 +356,7 @@ class SGDSaI(MeasuredScales):
             batch = batches.get(key)
             if batch is None:
                 batch = batches[key] = Batch(maximize, self._rounding(group), found=flag)
-            batch.append(mine, grad, buffer, coefficients, None if error is None else local(error))
+            batch.append(mine, grad, buffer, coefficients, error)
         for batch in batches.values():
             update(batch, foreach, fused)
 
@@ -366,8 +366,7 @@ class SGDSaI(MeasuredScales):
             return None
         if "rounding_error" not in state:  # kahan_sum was switched on after the first step
             state["rounding_error"] = self._zeros(param, param.dtype)
-        error: Tensor = state["rounding_error"]
-        return error
+        return local(state["rounding_error"])
 
     def _name_in(self, group: dict[str, Any], param: Tensor) -> str:
         group_index = next(index for index, each in enumerate(self.param_groups) if each is group)
