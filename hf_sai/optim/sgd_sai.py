@@ -332,10 +332,11 @@ class SGDSaI(MeasuredScales):
         step = step / normalizer if normalizer != 1.0 else step
         rounds = group["stochastic_rounding"] or group["kahan_sum"]
         batches: dict[Any, Batch] = {}
+        states, bad, flags = self.state, found.bad, found.on_device
         for index, param in enumerate(ready):
-            if index in found.bad:
+            if index in bad:
                 continue
-            state, flag = self.state[param], found.on_device.get(index)
+            state, flag = states[param], flags.get(index)
             moving = bool(momentum and state["gsnr"])
             if not moving and state.get("decay_ratio", 0.0) > 0.0:
                 _unfold_decay(state, param)
@@ -353,10 +354,9 @@ class SGDSaI(MeasuredScales):
             error = self._error(group, state, param) if rounds else None
             # Pieces differ in size from rank to rank, and so does what noise they take.
             key = (moving, id(flag), error is not None, rounds and is_sharded(param))
-            batch = batches.get(key)
-            if batch is None:
-                batch = batches[key] = Batch(maximize, self._rounding(group), found=flag)
-            batch.append(mine, grad, buffer, coefficients, error)
+            if key not in batches:
+                batches[key] = Batch(maximize, self._rounding(group), found=flag)
+            batches[key].append(mine, grad, buffer, coefficients, error)
         for batch in batches.values():
             update(batch, foreach, fused)
 

@@ -96,9 +96,9 @@ def gradient_of(param: Tensor) -> Tensor:
     """The gradient; of a DTensor, laid out over the ranks as the parameter is."""
     grad = param.grad
     assert grad is not None
-    if is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-    return grad
+    if type(param) in _PLAIN or not is_sharded(param) or grad.placements == param.placements:  # type: ignore[attr-defined]
+        return grad
+    return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
 
 
 def check_gradient(param: Tensor, name: str, optimizer: str) -> None:
