@@ -293,12 +293,14 @@ def test_works_under_torch_compile():
     assert compiled.gsnr_statistics() == eager.gsnr_statistics()
 
 
-# torch's SGD has one kind of its own.
-READS = ("Unsupported Tensor.item()", "Tensor.tolist()", "sort with non-constant keys")
+# Where the host reads what the step before found: torch's SGD has one break too, of its own making.
+OF_NEWS = "Skip inlining `torch.compiler.disable()`d function"
+# Where whitening reads on the CPU.
+OF_SIZES = ("Unsupported Tensor.item()", "Tensor.tolist()", "sort with non-constant keys")
 
 
-@pytest.mark.parametrize(("optimizer", "kinds", "graphs"), [(SGDSaI, READS[:1], 6), (SWAN, READS, 30)])
-def test_a_compiled_step_breaks_only_where_the_host_reads_on_the_cpu(optimizer, kinds, graphs):
+@pytest.mark.parametrize(("optimizer", "kinds", "graphs"), [(SGDSaI, (OF_NEWS,), 6), (SWAN, (OF_NEWS, *OF_SIZES), 30)])
+def test_a_compiled_step_breaks_only_where_the_host_reads(optimizer, kinds, graphs):
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -317,10 +319,30 @@ def test_a_compiled_step_breaks_only_where_the_host_reads_on_the_cpu(optimizer, 
         if number == 0:
             step = torch.compile(compiled.step, backend="eager")
             counters.clear()
+    assert OF_NEWS in {kind.split("\n")[0] for kind in counters["graph_break"]}
     assert not [kind for kind in counters["graph_break"] if not kind.startswith(kinds)]
     assert 1 <= counters["stats"]["unique_graphs"] <= graphs, counters["stats"]
     for param, other in zip(params, same, strict=True):
         torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_step_leaves_a_group_where_a_gradient_is_not_finite_and_tells_in_the_next(caplog):
+    params = [("a", torch.nn.Parameter(torch.ones(4, 3))), ("b", torch.nn.Parameter(torch.ones(5)))]
+    optimizer = SGDSaI(params, lr=0.01)
+    step, moved, told = torch.compile(optimizer.step, backend="eager"), [], []
+    for number in range(4):
+        for _, param in params:
+            param.grad = torch.arange(1.0, param.numel() + 1).view(param.shape)
+        if number == 1:
+            params[1][1].grad[2] = torch.nan
+        before = [param.detach().clone() for _, param in params]
+        caplog.clear()
+        (step if number else optimizer.step)()
+        moved.append([not torch.equal(old, param) for old, (_, param) in zip(before, params, strict=True)])
+        ours = [record for record in caplog.records if record.name.startswith("hf_sai")]
+        told.append([record.getMessage().split(" has ")[0] for record in ours])
+    assert moved == [[True] * 2, [False] * 2, [True] * 2, [True] * 2]
+    assert told == [[], [], ["The gradient of b"], []]
 
 
 def test_a_grad_scaler_skips_a_step_and_all_others_are_as_without_it():

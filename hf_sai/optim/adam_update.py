@@ -130,11 +130,11 @@ def _in_blocks(tensors: Sequence[Tensor], step: Tensor, rounding: Rounding | Non
 
 
 def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
+    fused = fused and not torch.compiler.is_compiling()  # torch keeps the compiler from its kernel
     if not fused and options["found_inf"] is not None:
         with unless(options["found_inf"], batch.params, batch.means, batch.squares, batch.steps):
             _call(batch, fused=False, options={**options, "found_inf": None})
         return
-    fused = fused and not torch.compiler.is_compiling()  # torch keeps the compiler from its kernel
     adamw(
         batch.params,
         batch.grads,

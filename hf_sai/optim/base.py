@@ -282,6 +282,7 @@ class NamedOptimizer(Optimizer):
     def _any_gradient(self) -> bool:
         return any(param.grad is not None for *_, param in self._params())
 
+    @torch.compiler.disable
     def _read_late_news(self) -> None:
         """Tells of gradients of the step before that were not finite, and puts right what did not know."""
         late = self._late_news.read()

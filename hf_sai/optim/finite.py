@@ -121,8 +121,8 @@ def over_ranks(flags: Tensor, groups: Sequence[Any], device: torch.device) -> Te
 
 
 def is_known_at_once(device: torch.device) -> bool:
-    """Whether to read from it is not to wait for it."""
-    return device.type == "cpu"
+    """Whether to read from it is not to wait for it; a read would break a compiled step in two."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def is_captured(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from .adam_update import AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .checks import check_flag, from_text, refuse_unknown
-from .finite import over_ranks, ranks_of
+from .finite import is_known_at_once, over_ranks, ranks_of
 from .matrices import BYTES_PER_ELEMENT, Batch, Matrix, batch_bytes, batches_of, directions, move, scaled, whiten
 from .precision import undisturbed
 from .rounding import Rounding
@@ -329,7 +329,7 @@ class SWAN(NamedOptimizer):
                 updates, norms = whiten(batch)
                 move(batch, updates.unbind(0), norms)
         # On an accelerator all are counted; those that did not move are counted back when that is known.
-        moved = [True] * len(states) if finite is None or finite.device.type != "cpu" else finite.tolist()
+        moved = [True] * len(states) if finite is None or not is_known_at_once(finite.device) else finite.tolist()
         for state, has_moved in zip(states, moved, strict=True):
             state["step"] += has_moved
 
@@ -374,7 +374,7 @@ class SWAN(NamedOptimizer):
 
     def _tell_of(self, names: list[str], finite: Tensor, states: list[dict[str, Any]]) -> Tensor | None:
         """The flags, or `None` where all are set and that can be read; has those that are not told of."""
-        if finite.device.type == "cpu":
+        if is_known_at_once(finite.device):
             if bool(finite.all()):
                 return None
             self._tell_not_finite([name for name, good in zip(names, finite.tolist(), strict=True) if not good])
