@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.processes import peak_allocated
 
-from hf_sai.optim import SGDSaI, sgd_sai, sgd_update
+from hf_sai.optim import SGDSaI, sgd_update
 from hf_sai.optim.gsnr import CHUNK_NUMEL
 from hf_sai.optim.rounding import round_stochastically_
 from hf_sai.optim.sgd_update import BLOCK_NUMEL, COMPILED_NUMEL
@@ -86,16 +86,15 @@ def test_paths_are_equal_on_mixed_dtypes(path, momentum, weight_decay, maximize)
 
 def taken(monkeypatch, params, **options):
     """How many tensors took each path in the second step."""
-    counts = dict.fromkeys(("_single", "_together", "_wide", "update_alone", "_compiled"), 0)
+    counts = dict.fromkeys(("_single", "_together", "_wide", "_fused", "_compiled"), 0)
     for name in counts:
         original = getattr(sgd_update, name)
 
         def count(batch, *args, name=name, original=original):
-            counts[name] += 1 if name == "update_alone" else len(batch.params)
+            counts[name] += len(batch.params)
             return original(batch, *args)
 
-        for module in (sgd_update, sgd_sai):
-            monkeypatch.setattr(module, name, count, raising=False)
+        monkeypatch.setattr(sgd_update, name, count)
     optimizer = SGDSaI(params, **options)
     for step in range(2):
         for param in params:
@@ -117,12 +116,12 @@ def test_low_precision_is_kept_away_from_the_fused_kernel_for_a_reason():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"update_alone": 2, "_single": 2}),
+        ({}, {"_fused": 2, "_single": 2}),
         ({"fused": False}, {"_single": 4}),
         ({"foreach": True}, {"_together": 2, "_single": 2}),
-        ({"fused": True}, {"update_alone": 2, "_compiled": 1, "_single": 1}),  # the smaller bf16 one is not worth it
-        ({"fused": True, "stochastic_rounding": True}, {"update_alone": 2, "_single": 2}),
-        ({"fused": True, "momentum": 0.0}, {"update_alone": 2, "_single": 2}),
+        ({"fused": True}, {"_fused": 2, "_compiled": 1, "_single": 1}),  # the smaller bf16 one is not worth it
+        ({"fused": True, "stochastic_rounding": True}, {"_fused": 2, "_single": 2}),
+        ({"fused": True, "momentum": 0.0}, {"_fused": 2, "_single": 2}),
     ],
 )
 def test_each_path_takes_what_it_can(monkeypatch, options, expected):

@@ -24,7 +24,7 @@ from .lora_pairs import bounded_pairs, check_pairs, finite_norms, first_factor
 from .scales import SHARED, MeasuredScales
 from .sgd_batch import Batch, next_coefficients
 from .sgd_options import FROM_TEXT, SAVED_KEYS, STATE_DTYPES, check_options, dtype_name, rows_in
-from .sgd_update import goes_alone, update, update_alone
+from .sgd_update import update
 from .stall import loses_digits, peak_rate, warn_of_stall
 from .tensors import BLOCK_NUMEL, buffer_dtype, gradient_of, is_sharded, local, low_precision
 from .zero_layout import ZeroLayoutError
@@ -317,8 +317,7 @@ class SGDSaI(MeasuredScales):
         skipped: set[Tensor],
     ) -> None:
         """Updates tensors of a group."""
-        momentum, foreach, maximize = group["momentum"], group["foreach"], group["maximize"]
-        fused = False if torch.compiler.is_compiling() else group["fused"]  # the compiler fuses by itself
+        momentum = group["momentum"]
         ready = [each for each in params if each.grad is not None and not (skipped and each in skipped)]
         grads = [gradient_of(param) for param in ready]
         before: dict[int, dict[str, Any]] = {}
@@ -347,18 +346,15 @@ class SGDSaI(MeasuredScales):
             starts = moving and (state["decay_ratio"] == _NOT_BEGUN or (bool(first) and param in first))  # m_1 = g_1
             grad = paired[param] if paired and param in paired else local(grads[index])
             buffer = local(state["momentum_buffer"]) if moving else None
-            coefficients, mine = next_coefficients(group, state, step, normalizer, starts), local(param)
-            if not rounds and goes_alone(mine, grad, buffer, step, foreach, fused):  # batches would cost time
-                update_alone(mine, grad, buffer, coefficients, maximize, flag)
-                continue
+            coefficients = next_coefficients(group, state, step, normalizer, starts)
             error = self._error(group, state, param) if rounds else None
             # Pieces differ in size from rank to rank, and so does what noise they take.
             key = (moving, id(flag), error is not None, rounds and is_sharded(param))
             if key not in batches:
-                batches[key] = Batch(maximize, self._rounding(group), found=flag)
-            batches[key].append(mine, grad, buffer, coefficients, error)
+                batches[key] = Batch(group["maximize"], self._rounding(group), found=flag)
+            batches[key].append(local(param), grad, buffer, coefficients, error)
         for batch in batches.values():
-            update(batch, foreach, fused)
+            update(batch, group["foreach"], group["fused"])
 
     def _error(self, group: dict[str, Any], state: dict[str, Any], param: Tensor) -> Tensor | None:
         """What rounding has lost of a parameter so far, where that is kept."""

@@ -63,39 +63,21 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         fused = False
     by_path: dict[str, list[int]] = {}
-    for index, row in enumerate(batch):
-        by_path.setdefault(_path(*row, batch, foreach, fused), []).append(index)
+    for index, (param, grad, buffer, c) in enumerate(batch):
+        by_path.setdefault(_path(param, grad, buffer, c, batch, foreach, fused), []).append(index)
     kernel = fused is not False and not (foreach and not fused)
     for path, indices in by_path.items():
         part = batch.take(indices)
         if path == "compiled":
             _compiled(part)
         elif path == "fused":
-            for row in part:
-                update_alone(*row, part.maximize, part.found)
+            _fused(part)
         elif path == "together":
             _together(part, kernel)
         elif path == "wide":
             _wide(part, kernel)
         else:
             _single(part)
-
-
-def goes_alone(
-    param: Tensor, grad: Tensor, buffer: Tensor | None, step: float | Tensor, foreach: bool | None, fused: bool | None
-) -> bool:
-    """Whether a tensor is on the CPU and has a call of the kernel to itself."""
-    dtype = param.dtype
-    return (
-        not is_accelerator(param)
-        and (fused or (fused is None and not foreach))
-        and dtype in _NATIVE
-        and grad.dtype is dtype
-        and (buffer is None or buffer.dtype is dtype)
-        and isinstance(step, float)  # a tensor would be read by the kernel
-        and in_order(param, grad, buffer)
-        and param.numel() > 0
-    )
 
 
 def _path(
@@ -108,16 +90,16 @@ def _path(
     fused: bool | None,
 ) -> str:
     """Which path a tensor takes."""
-    if goes_alone(param, grad, buffer, c.step, foreach, fused):
-        return "fused"
     numel, dtype = param.numel(), param.dtype
     if not numel:
         return "single"
     same = grad.dtype is dtype and (buffer is None or buffer.dtype is dtype)
     native = same and dtype in _NATIVE
     if not is_accelerator(param):
-        by_tensor = isinstance(c.step, Tensor)
-        if native and not by_tensor:
+        by_tensor = not isinstance(c.step, float)
+        if native and not by_tensor:  # a tensor would be read by the kernel
+            if (fused or (fused is None and not foreach)) and in_order(param, grad, buffer):
+                return "fused"
             return "together" if foreach else "single"
         rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
         generates = fused and not native and buffer is not None and not rounds and not by_tensor
@@ -190,18 +172,16 @@ def _by_itself(c: Coefficients) -> bool:
     return not (c.pull and c.after)
 
 
-def update_alone(
-    param: Tensor, grad: Tensor, buffer: Tensor | None, c: Coefficients, maximize: bool, found: Tensor | None
-) -> None:
-    """One tensor; flags as [`Batch`] has them."""
-    keep, weight, pull, step, after = c
-    if buffer is None:
-        _call([param], [grad], [], step * weight, pull / weight, maximize, found)
-    elif after:  # N + w (g + (keep - 1) / w N), then p - step (N + after p)
-        _call([buffer], [grad], [], -weight, (keep - 1.0) / weight, maximize, found)
-        _call([param], [buffer], [], step, after, False, found)
-    else:
-        _call([param], [grad], [buffer], step, pull / weight, maximize, found, keep, 1.0 - weight)
+def _fused(batch: Batch) -> None:
+    maximize, found = batch.maximize, batch.found
+    for param, grad, buffer, (keep, weight, pull, step, after) in batch:
+        if buffer is None:
+            _call([param], [grad], [], step * weight, pull / weight, maximize, found)
+        elif after:  # N + w (g + (keep - 1) / w N), then p - step (N + after p)
+            _call([buffer], [grad], [], -weight, (keep - 1.0) / weight, maximize, found)
+            _call([param], [buffer], [], step, after, False, found)
+        else:
+            _call([param], [grad], [buffer], step, pull / weight, maximize, found, keep, 1.0 - weight)
 
 
 # The kernel takes a momentum of 0 for "there is no buffer".
@@ -235,7 +215,7 @@ def _step_of_list(batch: Batch, kernel: bool, own_grads: bool = False) -> None:
     params, grads, buffers, c = batch.params, batch.grads, batch.buffers, batch.coefficients[0]
     has_kernel = kernel and params[0].device.type in FUSED_DEVICES and in_order(params[0], grads[0], *buffers[:1])
     if has_kernel and len(params) == 1 and _by_itself(c):
-        update_alone(*next(iter(batch)), batch.maximize, batch.found)
+        _fused(batch)
         return
     weights = [batch.sign * each.weight for each in batch.coefficients]
     if any(weight != 1.0 for weight in weights):
