@@ -189,9 +189,7 @@ class NamedOptimizer(Optimizer):
         """Its life under ZeRO; `None` where it has whole tensors. Those that it was given are seen at once."""
         known = self.__dict__
         taken: ZeroPieces | None = known.get("_zero_pieces")
-        if (
-            torch.compiler.is_compiling()
-        ):  # which can't trace dictionaries with weak keys, and comes after a first step
+        if torch.compiler.is_compiling():  # it can't trace dictionaries with weak keys
             return taken
         first = next((param for group in self.param_groups for param in group["params"]), None)
         if first is None or (taken is not None and first in taken.flats):

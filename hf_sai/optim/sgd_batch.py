@@ -109,8 +109,10 @@ class Batch:
         self.params.append(param)
         self.grads.append(grad)
         self.coefficients.append(coefficients)
-        self.buffers += [] if buffer is None else [buffer]
-        self.errors += [] if error is None else [error]
+        if buffer is not None:
+            self.buffers.append(buffer)
+        if error is not None:
+            self.errors.append(error)
 
     def take(self, indices: Sequence[int]) -> Batch:
         """A batch of some of the tensors."""

@@ -350,9 +350,10 @@ class SGDSaI(MeasuredScales):
             error = self._error(group, state, param) if rounds else None
             # Pieces differ in size from rank to rank, and so does what noise they take.
             key = (moving, id(flag), error is not None, rounds and is_sharded(param))
-            if key not in batches:
-                batches[key] = Batch(group["maximize"], self._rounding(group), found=flag)
-            batches[key].append(local(param), grad, buffer, coefficients, error)
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch(group["maximize"], self._rounding(group), found=flag)
+            batch.append(local(param), grad, buffer, coefficients, error)
         for batch in batches.values():
             update(batch, group["foreach"], group["fused"])
 
