@@ -63,6 +63,7 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         fused = False
     by_path: dict[str, list[int]] = {}
+    # All paths are chosen before anything moves: a large tensor pushes this code out of the cache, 4 us each time.
     for index, (param, grad, buffer, c) in enumerate(batch):
         by_path.setdefault(_path(param, grad, buffer, c, batch, foreach, fused), []).append(index)
     kernel = fused is not False and not (foreach and not fused)
