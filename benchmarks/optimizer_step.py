@@ -20,6 +20,7 @@ import io
 import json
 import math
 import multiprocessing
+import random
 import statistics
 import sys
 import time
@@ -122,10 +123,14 @@ def peers(compiled: bool, before: str | None = None) -> dict[str, Callable[[list
     return found
 
 
+def available_bytes() -> float:
+    """What others leave, and a third of that is theirs."""
+    return (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) * 2 / 3
+
+
 def fitting(shapes: Shapes, dtype: torch.dtype) -> Shapes:
     """As many of the tensors as fit: parameters, gradients, two moments and four words for the peers' temporaries."""
-    available = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    budget = 0.8 * available / (8 * dtype.itemsize)
+    budget = available_bytes() / (8 * dtype.itemsize)
     kept: Shapes = []
     for shape in shapes:
         budget -= torch.Size(shape).numel()
@@ -160,9 +165,11 @@ def measure(
     torch.nn.utils.clip_grad_norm_(params, math.inf)
     found: dict[str, dict[str, float]] = {}
     times: dict[str, list[float]] = {}
-    together = sum(param.numel() for param in params) < 360e6 or device == "cuda"
+    makers = peers(dtype != torch.float32, before)
+    # Each a buffer, two of them two; and temporaries.
+    together = (len(makers) + 6) * sum(param.nbytes for param in params) < available_bytes() or device == "cuda"
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    for name, make in peers(dtype != torch.float32, before).items():
+    for name, make in makers.items():
         optimizer = make(params)
         give(params, grads, clipped=name != NOT_CLIPPED)
         with contextlib.redirect_stdout(io.StringIO()):  # one of them prints a banner
@@ -176,8 +183,10 @@ def measure(
             milliseconds(optimizer, clock)
             times[name] = [milliseconds(optimizer, clock) for _ in range(rounds)]
             del optimizer
+    turns, dice = list(optimizers.items()), random.Random(0)
     for _ in range(rounds if together else 0):
-        for name, optimizer in optimizers.items():
+        dice.shuffle(turns)  # what a peer leaves in the cache is worth 5% to the next
+        for name, optimizer in turns:
             give(params, grads, clipped=name != NOT_CLIPPED)
             times[name].append(milliseconds(optimizer, clock))
     for name, values in times.items():
@@ -200,7 +209,7 @@ def milliseconds(optimizer: torch.optim.Optimizer, clock: Callable[[], float]) -
     return (clock() - start) * 1e3
 
 
-def table(model: str, shapes: Shapes, whole: Shapes, found: dict[str, dict[str, float]]) -> str:
+def table(model: str, shapes: Shapes, whole: Shapes, found: dict[str, dict[str, float]], rounds: int) -> str:
     """Fastest first; our ratio to each peer is the last column."""
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     baseline = BASELINE.get(model, "SGD fused")
@@ -220,7 +229,8 @@ def table(model: str, shapes: Shapes, whole: Shapes, found: dict[str, dict[str, 
     ]
     times = [f"to {baseline}", "SGD-SaI to it", "median ms", "least ms", "first step ms"]
     header = ["optimizer", *times, "state bytes/element", "extra MB"]
-    return f"### {model}: {numel / 1e6:.1f} M parameters{part}\n\n{markdown_table(header, rows)}\n"
+    head = f"### {model}: {numel / 1e6:.1f} M parameters{part}; {rounds} rounds"
+    return f"{head}\n\n{markdown_table(header, rows)}\n"
 
 
 def main() -> None:
@@ -237,7 +247,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     about = machine("sgd-sai", "pytorch-optimizer")
     name = f"optimizer_step_{device_name()}" + ("" if args.dtype == "float32" else f"_{args.dtype}")
-    results: dict[str, Any] = {"machine": about, "dtype": args.dtype, "rounds": args.rounds, "models": {}}
+    results: dict[str, Any] = {"machine": about, "dtype": args.dtype, "models": {}}
     if args.keep:
         results["models"] = json.loads((RESULTS / f"{name}.json").read_text())["models"]
     clock = time.process_time if args.processor_time else time.perf_counter
@@ -247,12 +257,20 @@ def main() -> None:
             job = pool.submit(measure, model, args.dtype, args.rounds, args.threads, clock, args.before)
             shapes, found = job.result()
         rounded = {name: {key: round(value, 3) for key, value in values.items()} for name, values in found.items()}
-        results["models"][model] = {"tensors": len(shapes), "of": len(MODELS[model]), "optimizers": rounded}
-        print(table(model, shapes, MODELS[model], found))
+        results["models"][model] = {
+            "tensors": len(shapes),
+            "of": len(MODELS[model]),
+            "rounds": args.rounds,
+            "optimizers": rounded,
+        }
+        print(table(model, shapes, MODELS[model], found, args.rounds), flush=True)
     kept = [(model, results["models"][model]) for model in MODELS if model in results["models"]]
-    tables = [table(each, MODELS[each][: of["tensors"]], MODELS[each], of["optimizers"]) for each, of in kept]
+    tables = [
+        table(each, MODELS[each][: of["tensors"]], MODELS[each], of["optimizers"], of["rounds"]) for each, of in kept
+    ]
     kind = "Processor time" if args.processor_time else "Time"
-    title = f"{kind} of one optimizer step, {args.dtype}, medians of {args.rounds} interleaved rounds. Gradients were "
+    title = f"{kind} of one optimizer step, {args.dtype}, medians of rounds, which are interleaved where all states "
+    title += "fit into memory. Gradients were "
     title += f'clipped before it, but for "{NOT_CLIPPED}"; the time of clipping is not counted.'
     write_results(name, results, f"{title}\n\n" + "\n".join(tables))
 

@@ -272,9 +272,9 @@ def swan_as_cuda(monkeypatch, device):
     """Has SWAN take CUDA's paths on the CPU, from when it is called."""
 
     def switch():
-        for module in (swan, matrices, whitening, polynomials):
-            monkeypatch.setattr(module, "is_accelerator", lambda device: True)
-        monkeypatch.setattr(finite, "is_known_at_once", lambda device: False)
+        for module in (swan, matrices, whitening, finite):
+            monkeypatch.setattr(module, "is_known_at_once", lambda device: False)
+        monkeypatch.setattr(polynomials, "is_accelerator", lambda tensor: True)
 
     return switch if device == "cpu" else lambda: None
 

@@ -22,7 +22,8 @@ from support.distributed import (
 )
 
 import hf_sai
-from hf_sai.optim import SWAN, matrices
+from hf_sai.optim import SWAN, matrices, sharding, sharing
+from hf_sai.optim.sharding import ShardingError
 
 
 def optimizer_of(model, **options):
@@ -41,9 +42,17 @@ def save_weights(model, rank, folder, **more):
 
 
 def fsdp_worker(rank, folder, name):
-    model = shard(uneven_llama())
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    moves, moved = [], sharding.moved
+    for module in (sharding, sharing):
+        module.moved = lambda values, device: moves.append(isinstance(device, str)) or moved(values, device)
+    options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if name == "offloaded" else {}
+    model = shard(uneven_llama(), **options)
     optimizer = optimizer_of(model, **options_of(name))
     train(model, optimizer, 0, STEPS, rank)
+    # Pieces to the device of the mesh, by its name, and updates back to that of the pieces.
+    assert moves.count(True) == moves.count(False) > 0
     save_weights(model, rank, folder)
 
 
@@ -60,8 +69,16 @@ def ddp_worker(rank, folder, name):
     save_weights(model, rank, folder)
 
 
-@pytest.mark.parametrize("name", ["plain", "momentum"])
-@pytest.mark.parametrize("worker", [fsdp_worker, ddp_worker])
+@pytest.mark.parametrize(
+    ("worker", "name"),
+    [
+        (fsdp_worker, "plain"),
+        (fsdp_worker, "momentum"),
+        (fsdp_worker, "offloaded"),
+        (ddp_worker, "plain"),
+        (ddp_worker, "momentum"),
+    ],
+)
 def test_two_processes_equal_one(tmp_path, worker, name):
     on_two_ranks(worker, tmp_path, name)
     model = uneven_llama()
@@ -151,19 +168,37 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_alone_on_all(tmp_path
         assert [message.split(" has ")[0] for message in found["messages"]] == ["The gradient of p1"]
 
 
-def partial_worker(rank, folder, name):
+def refused_worker(rank, folder, name):
+    """A sum that waits to be made, and what FSDP2 makes of a tensor that tensor parallelism has cut already."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (2,))
-    param = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 6), mesh, [Partial()]))
-    param.grad = DTensor.from_local(torch.ones(4, 6), mesh, [Partial()])
-    with pytest.raises(RuntimeError, match="can gather DTensors that are sharded or replicated, but one lies as"):
-        SWAN([param]).step()
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    cut_twice = parallelize_module(torch.nn.Linear(6, 4), both["tensor"], ColwiseParallel())
+    fully_shard(cut_twice, mesh=both["data"])
+    summed = DTensor.from_local(torch.ones(4, 6), both["tensor"], [Partial()])
+    for param, layout in ((cut_twice.weight, "_StridedShard"), (torch.nn.Parameter(summed), "Partial")):
+        rule = "can gather DTensors that are sharded or replicated, but one lies as "
+        message = (
+            rf"^SWAN whitens whole matrices and {rule}\(.*{layout}\(.*; use FSDP2 without tensor parallelism for it$"
+        )
+        with pytest.raises(ShardingError, match=message):
+            SWAN([param])
+        optimizer = SWAN([torch.nn.Parameter(torch.ones(4, 6))])
+        with pytest.raises(ShardingError, match=message):
+            optimizer.add_param_group({"params": [param]})
+        assert len(optimizer.param_groups) == 1
+    # Adam takes the bias as it lies.
+    cut_twice.bias.grad = torch.ones_like(cut_twice.bias)
+    before = cut_twice.bias.detach().full_tensor()
+    SWAN([cut_twice.bias], lr=0.1, weight_decay=0.0, adam_lr_ratio=1.0).step()
+    torch.testing.assert_close(cut_twice.bias.detach().full_tensor(), before - 0.1)
 
 
-def test_a_layout_that_cannot_be_gathered_is_refused(tmp_path):
-    on_two_ranks(partial_worker, tmp_path, "")
+def test_a_layout_that_cannot_be_gathered_is_refused_when_it_comes(tmp_path):
+    on_two_ranks(refused_worker, tmp_path, "")
     assert dist.is_available()  # a failed assertion of a rank would have been raised above
 
 

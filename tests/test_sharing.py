@@ -79,7 +79,7 @@ def shared_run(rank, folder, kind, options):
         if kind == "accumulated":
             with wrapped.no_sync():
                 (wrapped(mine[:1], step) / 2).backward()
-            (wrapped(mine[1:], step) / 2).backward()
+            (wrapped(mine[-1:], step) / 2).backward()  # on four ranks the same row again
         else:
             wrapped(mine, step).backward()
         optimizer.step()
@@ -96,7 +96,7 @@ def training_worker(rank, folder, runs):
     torch.save([shared_run(rank, folder, kind, options) for kind, options in runs], folder / f"rank{rank}.pt")
 
 
-@pytest.mark.parametrize(("size", "runs"), [(2, RUNS), (4, [RUNS[0], RUNS[-1]])])
+@pytest.mark.parametrize(("size", "runs"), [(2, RUNS), (4, [RUNS[0], *RUNS[3:]])])
 def test_ranks_are_equal_to_the_bit_and_to_one_process(tmp_path, size, runs):
     model = uneven_llama()
     optimizer = optimizer_of(model)

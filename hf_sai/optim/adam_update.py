@@ -82,10 +82,10 @@ def adam_update(
     copied: dict[Any, AdamBatch] = {}
     for row in batch.rows():
         param, grad, mean, square, step = row
-        fuses = param.device.type in FUSED_DEVICES and in_order(param, grad, mean, square)
+        fuses = param.device.type in FUSED_DEVICES and in_order(param, grad, mean) and in_order(param, square)
         if fuses and grad.dtype == param.dtype == mean.dtype:
             direct.setdefault((param.device, param.dtype), AdamBatch()).append(*row)
-        elif is_accelerator(param.device) and (param.numel() <= LIST_NUMEL or not in_order(param, mean, square)):
+        elif is_accelerator(param) and (param.numel() <= LIST_NUMEL or not in_order(param, mean, square)):
             key = (param.device, param.dtype, grad.dtype, mean.dtype, mean.is_contiguous())
             copied.setdefault(key, AdamBatch()).append(*row)
         else:
@@ -118,7 +118,7 @@ def _through_copies(batch: AdamBatch, rounding: Rounding | None, options: dict[s
 def _in_blocks(tensors: Sequence[Tensor], step: Tensor, rounding: Rounding | None, options: dict[str, Any]) -> None:
     """One tensor, block by block, which keeps copies small."""
     count = step.clone()
-    for values, grad, mean, square in blocks(tensors, LIST_NUMEL if is_accelerator(step.device) else BLOCK_NUMEL):
+    for values, grad, mean, square in blocks(tensors, LIST_NUMEL if is_accelerator(step) else BLOCK_NUMEL):
         count = step.clone()
         wide = values.to(mean.dtype).contiguous()
         fused = values.device.type in FUSED_DEVICES and mean.is_contiguous() and square.is_contiguous()
@@ -130,6 +130,7 @@ def _in_blocks(tensors: Sequence[Tensor], step: Tensor, rounding: Rounding | Non
 
 
 def _call(batch: AdamBatch, fused: bool, options: dict[str, Any]) -> None:
+    fused = fused and not torch.compiler.is_compiling()  # torch keeps the compiler from its kernel
     if not fused and options["found_inf"] is not None:
         with unless(options["found_inf"], batch.params, batch.means, batch.squares, batch.steps):
             _call(batch, fused=False, options={**options, "found_inf": None})

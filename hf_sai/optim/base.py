@@ -188,8 +188,10 @@ class NamedOptimizer(Optimizer):
     def _taken_over(self) -> ZeroPieces | None:
         """Its life under ZeRO; `None` where it has whole tensors. Those that it was given are seen at once."""
         known = self.__dict__
-        first = next((param for group in self.param_groups for param in group["params"]), None)
         taken: ZeroPieces | None = known.get("_zero_pieces")
+        if torch.compiler.is_compiling():  # it can't trace dictionaries with weak keys
+            return taken
+        first = next((param for group in self.param_groups for param in group["params"]), None)
         if first is None or (taken is not None and first in taken.flats):
             if taken is not None or not self.param_groups:
                 return taken
@@ -278,6 +280,7 @@ class NamedOptimizer(Optimizer):
     def _any_gradient(self) -> bool:
         return any(param.grad is not None for *_, param in self._params())
 
+    @torch.compiler.disable
     def _read_late_news(self) -> None:
         """Tells of gradients of the step before that were not finite, and puts right what did not know."""
         late = self._late_news.read()

@@ -57,7 +57,7 @@ def find_not_finite(gradients: Sequence[Tensor], ranks: tuple[Any, torch.device]
         place: Any = gradient.device_mesh if is_sharded(gradient) else gradient.device  # type: ignore[attr-defined]
         by_place.setdefault((place, gradient.dtype), []).append(index)
     for (place, _), indices in by_place.items():
-        there = [local(gradients[index]).detach() for index in indices]
+        there = [local(gradients[index]) for index in indices]
         if ranks is None and isinstance(place, torch.device) and is_known_at_once(place):
             found.bad.update(indices[i] for i in _bad_ones(there))
             continue
@@ -74,11 +74,14 @@ def _by_their_norms(gradients: Sequence[Tensor], found: Found) -> list[int]:
     """Notes what norms say that clipping has computed; which gradients are left."""
     if torch.compiler.is_compiling():
         return list(range(len(gradients)))
-    left: list[int] = []
-    by_norm: dict[Tensor, list[int]] = {}
-    for index, norm in enumerate(map(norm_with, gradients)):
-        (left if norm is None else by_norm.setdefault(norm, [])).append(index)
-    for norm, indices in by_norm.items():
+    norms = list(map(norm_with, gradients))
+    by_norm: dict[int, list[int]] = {}
+    for index, norm in enumerate(norms):
+        by_norm.setdefault(id(norm), []).append(index)
+    left = by_norm.pop(id(None), [])
+    for indices in by_norm.values():
+        norm = norms[indices[0]]
+        assert norm is not None
         if is_known_at_once(norm.device):
             left += [] if math.isfinite(norm.item()) else indices
         elif is_captured(norm.device):  # a graph would replay a look at the memory of a norm from outside of it
@@ -118,8 +121,8 @@ def over_ranks(flags: Tensor, groups: Sequence[Any], device: torch.device) -> Te
 
 
 def is_known_at_once(device: torch.device) -> bool:
-    """Whether to read from it is not to wait for it."""
-    return device.type == "cpu"
+    """Whether to read from it is not to wait for it; a read would break a compiled step in two."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def is_captured(device: torch.device) -> bool:

@@ -182,7 +182,7 @@ def gradient_moments(gradients: Sequence[Tensor]) -> list[GradientMoments]:
 
 def local_moments(gradients: Sequence[Tensor]) -> Tensor:
     """`[len(gradients), 3]`: count, mean and sum of squared deviations of plain tensors of one device."""
-    if is_accelerator(gradients[0].device):
+    if is_accelerator(gradients[0]):
         return moments_in_rows(gradients)
     return torch.stack([_local_moments(gradient) for gradient in gradients])
 

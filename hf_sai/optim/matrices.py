@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .finite import is_known_at_once
 from .rounding import Rounding
 from .routing import Layout
 from .sharding import sharding_of
-from .tensors import is_accelerator, is_sharded, local
+from .tensors import is_sharded, local
 from .whitening import (
     IN_DTYPE,
     PIECE_NUMEL,
@@ -132,7 +133,7 @@ def _chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
 
 def batch_bytes(group: dict[str, Any], device: torch.device) -> int:
     """The bound on the extra memory of whitening."""
-    default = ACCELERATOR_BATCH_BYTES if is_accelerator(device) else CPU_BATCH_BYTES
+    default = CPU_BATCH_BYTES if device.type == "cpu" else ACCELERATOR_BATCH_BYTES
     return int(group["max_batch_bytes"] or default)
 
 
@@ -145,7 +146,7 @@ def whiten(batch: Batch) -> tuple[Tensor, Tensor | None]:
             norms that these have to be given to have RMS 1 (where all rows have deviation); `None` if they have them.
     """
     first = batch.matrices[0]
-    if is_accelerator(batch.size.device):
+    if not is_known_at_once(batch.size.device):
         stack = batch.stack()
         return directions(stack / batch.size.view(-1, *[1] * (stack.ndim - 1)), first)
     tensors = [local(matrix.source) for matrix in batch.matrices]
@@ -222,11 +223,11 @@ def move(batch: Batch, updates: Tensor, norms: Tensor | None) -> None:
         if end == count or batch.matrices[end].group is not batch.matrices[start].group:
             of_group = slice(start, end)
             given = None if norms is None else norms[of_group]
-            if is_accelerator(batch.size.device):
+            if is_known_at_once(batch.size.device):
+                _move_one_by_one(batch, of_group, updates[of_group], given)
+            else:
                 finite = None if batch.finite is None else batch.finite[of_group]
                 _move_together(batch.matrices[of_group], updates[of_group], given, finite)
-            else:
-                _move_one_by_one(batch, of_group, updates[of_group], given)
             start = end
 
 

@@ -108,7 +108,7 @@ def polar_factor(x: Tensor, steps: int, group: int | None = None) -> Tensor:
         `torch.Tensor`: Same shape and dtype. A zero matrix gives zeros.
     """
     if group is None:
-        rows, columns = sorted(x.shape[-2:])
+        rows, columns = min(x.shape[-2:]), max(x.shape[-2:])  # torch.compile can't trace a sort
         group = 1 if columns < GRAM_FROM * rows else 2
     coefficients = quintics(steps)
     for start in range(0, steps, group):
@@ -183,7 +183,7 @@ def _add_now(curve: Tensor, a: float) -> float:
     The first term of a polynomial, a multiple of the identity: added to the others on the CPU, where a product that
     adds copies a matrix. Elsewhere the products add it, which spares a launch: what they have to add is returned.
     """
-    if is_accelerator(curve.device):
+    if is_accelerator(curve):
         return a
     curve.diagonal(dim1=-2, dim2=-1).add_(a)
     return 0.0
@@ -198,7 +198,7 @@ def _safely(quintic: tuple[float, float, float], dtype: torch.dtype) -> tuple[fl
 def _bounds(squared: Tensor) -> tuple[Tensor, Tensor]:
     """Frobenius norms and the reciprocals of their roots, `[k, 1, 1]`."""
     wide = _wide(squared)
-    if is_accelerator(squared.device):
+    if is_accelerator(squared):
         bound = torch.linalg.vector_norm(squared, dim=(-2, -1), keepdim=True, dtype=wide).clamp_min_(LEAST_NORM)
         return bound, bound.rsqrt()
     # The CPU sums up rows fast whatever their dtype is, but is slow at products of two dtypes. What is rounded to one

@@ -9,15 +9,21 @@ from typing import Any
 import torch
 
 
-@contextlib.contextmanager
-def undisturbed(products: bool) -> Iterator[None]:
+def undisturbed(products: bool) -> contextlib.AbstractContextManager[Any]:
     """While it is open, no autocast changes a step, and where it has float32 `products` no lower precision of them."""
     accelerator = torch.accelerator.current_accelerator()
     devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    changing = [device for device in devices if torch.is_autocast_enabled(device)]
+    products = products and not torch.compiler.is_compiling()  # which can't trace these settings
+    # The compiler can't break its graph within another context.
+    return _undisturbed(changing, products) if changing or products else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _undisturbed(autocasts: list[str], products: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for device in devices:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in autocasts:
+            stack.enter_context(torch.autocast(device, enabled=False))
         if products:
             stack.callback(_exact_products())
         yield
@@ -25,8 +31,6 @@ def undisturbed(products: bool) -> Iterator[None]:
 
 def _exact_products() -> Callable[[], None]:
     """Has float32 products computed in float32; returns what makes it as it was."""
-    if torch.compiler.is_compiling():  # which can't trace these settings
-        return lambda: None
     modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     backends = [each.matmul for each in modules if _has_precision(getattr(each, "matmul", None))]
     if not backends:  # torch before 2.9

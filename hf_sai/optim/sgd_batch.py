@@ -63,7 +63,7 @@ def next_coefficients(
     momentum, ratio, scale = group["momentum"], group["weight_decay"] * divisor, state["gsnr"]
     if not scale or not momentum:
         return Coefficients(0.0, scale or 1.0, ratio, step)
-    by_tensor = isinstance(step, Tensor)
+    by_tensor = not isinstance(step, float)
     folded, after = (0.0, ratio) if by_tensor else (ratio, 0.0)
     if starts:
         found = Coefficients(0.0, scale, folded, step, after)
@@ -101,6 +101,18 @@ class Batch:
     errors: list[Tensor] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
     found: Tensor | None = None
+
+    def append(
+        self, param: Tensor, grad: Tensor, buffer: Tensor | None, coefficients: Coefficients, error: Tensor | None
+    ) -> None:
+        """Adds a tensor; all have a buffer or none, and the same of errors."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.coefficients.append(coefficients)
+        if buffer is not None:
+            self.buffers.append(buffer)
+        if error is not None:
+            self.errors.append(error)
 
     def take(self, indices: Sequence[int]) -> Batch:
         """A batch of some of the tensors."""

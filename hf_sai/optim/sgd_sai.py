@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -231,8 +232,8 @@ class SGDSaI(MeasuredScales):
     def _move(self, places: Iterable[tuple[int, int, Tensor]]) -> None:
         """Updates those of some tensors that have a gradient."""
         normalizer = self._normalizer()
-        for group_index, some in itertools.groupby(places, key=lambda place: place[0]):
-            params = (param for _, _, param in some)
+        for group_index, some in itertools.groupby(places, key=operator.itemgetter(0)):
+            params = [param for _, _, param in some]
             self._update(self.param_groups[group_index], params, normalizer, self._first, self._skipped)
 
     def _refuse_pieces(self) -> None:
@@ -316,6 +317,7 @@ class SGDSaI(MeasuredScales):
         skipped: set[Tensor],
     ) -> None:
         """Updates tensors of a group."""
+        momentum = group["momentum"]
         ready = [each for each in params if each.grad is not None and not (skipped and each in skipped)]
         grads = [gradient_of(param) for param in ready]
         before: dict[int, dict[str, Any]] = {}
@@ -329,11 +331,12 @@ class SGDSaI(MeasuredScales):
         step = step / normalizer if normalizer != 1.0 else step
         rounds = group["stochastic_rounding"] or group["kahan_sum"]
         batches: dict[Any, Batch] = {}
+        states, bad, flags = self.state, found.bad, found.on_device
         for index, param in enumerate(ready):
-            if index in found.bad:
+            if index in bad:
                 continue
-            state, flag = self.state[param], found.on_device.get(index)
-            moving = bool(state["gsnr"] and group["momentum"])
+            state, flag = states[param], flags.get(index)
+            moving = bool(momentum and state["gsnr"])
             if not moving and state.get("decay_ratio", 0.0) > 0.0:
                 _unfold_decay(state, param)
             if flag is not None:
@@ -341,19 +344,16 @@ class SGDSaI(MeasuredScales):
             if moving and "momentum_buffer" not in state:  # momentum was switched on after the first step
                 self._add_buffer(group, param)
             starts = moving and (state["decay_ratio"] == _NOT_BEGUN or (bool(first) and param in first))  # m_1 = g_1
+            grad = paired[param] if paired and param in paired else local(grads[index])
+            buffer = local(state["momentum_buffer"]) if moving else None
+            coefficients = next_coefficients(group, state, step, normalizer, starts)
             error = self._error(group, state, param) if rounds else None
             # Pieces differ in size from rank to rank, and so does what noise they take.
             key = (moving, id(flag), error is not None, rounds and is_sharded(param))
             batch = batches.get(key)
             if batch is None:
                 batch = batches[key] = Batch(group["maximize"], self._rounding(group), found=flag)
-            if moving:
-                batch.buffers.append(local(state["momentum_buffer"]))
-            if error is not None:
-                batch.errors.append(local(error))
-            batch.params.append(local(param))
-            batch.grads.append(paired[param] if paired and param in paired else local(grads[index]))
-            batch.coefficients.append(next_coefficients(group, state, step, normalizer, starts))
+            batch.append(local(param), grad, buffer, coefficients, error)
         for batch in batches.values():
             update(batch, group["foreach"], group["fused"])
 
@@ -363,8 +363,7 @@ class SGDSaI(MeasuredScales):
             return None
         if "rounding_error" not in state:  # kahan_sum was switched on after the first step
             state["rounding_error"] = self._zeros(param, param.dtype)
-        error: Tensor = state["rounding_error"]
-        return error
+        return local(state["rounding_error"])
 
     def _name_in(self, group: dict[str, Any], param: Tensor) -> str:
         group_index = next(index for index, each in enumerate(self.param_groups) if each is group)

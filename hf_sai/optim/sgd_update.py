@@ -63,8 +63,9 @@ def update(batch: Batch, foreach: bool | None = None, fused: bool | None = None)
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         fused = False
     by_path: dict[str, list[int]] = {}
-    for index, row in enumerate(batch):
-        by_path.setdefault(_path(*row, batch, foreach, fused), []).append(index)
+    # All paths are chosen before anything moves: a large tensor pushes this code out of the cache, 4 us each time.
+    for index, (param, grad, buffer, c) in enumerate(batch):
+        by_path.setdefault(_path(param, grad, buffer, c, batch, foreach, fused), []).append(index)
     kernel = fused is not False and not (foreach and not fused)
     for path, indices in by_path.items():
         part = batch.take(indices)
@@ -90,13 +91,13 @@ def _path(
     fused: bool | None,
 ) -> str:
     """Which path a tensor takes."""
-    numel, dtype, device = param.numel(), param.dtype, param.device
+    numel, dtype = param.numel(), param.dtype
     if not numel:
         return "single"
-    same = grad.dtype == dtype and (buffer is None or buffer.dtype == dtype)
+    same = grad.dtype is dtype and (buffer is None or buffer.dtype is dtype)
     native = same and dtype in _NATIVE
-    by_tensor = isinstance(c.step, Tensor)
-    if not is_accelerator(device):
+    if not is_accelerator(param):
+        by_tensor = not isinstance(c.step, float)
         if native and not by_tensor:  # a tensor would be read by the kernel
             if (fused or (fused is None and not foreach)) and in_order(param, grad, buffer):
                 return "fused"
@@ -106,11 +107,12 @@ def _path(
         if generates and numel >= COMPILED_NUMEL and not _compile_failed and in_order(param, grad, buffer):
             return "compiled"
         return "single"
-    has_kernel = device.type in FUSED_DEVICES and in_order(param, grad, buffer)
+    on_device = param.device.type in FUSED_DEVICES
+    has_kernel = on_device and in_order(param, grad, buffer)
     rounds = batch.rounding is not None and batch.rounding.concerns(dtype)
     if foreach is False and fused is False:
         return "single"
-    if not same or rounds or (low_precision(dtype) and (device.type not in FUSED_DEVICES or fused is False)):
+    if not same or rounds or (low_precision(dtype) and (not on_device or fused is False)):
         return "wide"
     if has_kernel and fused is not False and (foreach is False or numel >= ACCELERATOR_FUSED_NUMEL) and _by_itself(c):
         return "fused"
@@ -172,14 +174,15 @@ def _by_itself(c: Coefficients) -> bool:
 
 
 def _fused(batch: Batch) -> None:
-    for param, grad, buffer, c in batch:
+    maximize, found = batch.maximize, batch.found
+    for param, grad, buffer, (keep, weight, pull, step, after) in batch:
         if buffer is None:
-            _call([param], [grad], [], c.step * c.weight, c.pull / c.weight, batch)
-        elif c.after:  # N + w (g + (keep - 1) / w N), then p - step (N + after p)
-            _call([buffer], [grad], [], -c.weight, (c.keep - 1.0) / c.weight, batch)
-            _call([param], [buffer], [], c.step, c.after, Batch(found=batch.found))
+            _call([param], [grad], [], step * weight, pull / weight, maximize, found)
+        elif after:  # N + w (g + (keep - 1) / w N), then p - step (N + after p)
+            _call([buffer], [grad], [], -weight, (keep - 1.0) / weight, maximize, found)
+            _call([param], [buffer], [], step, after, False, found)
         else:
-            _call([param], [grad], [buffer], c.step, c.pull / c.weight, batch, c.keep, 1.0 - c.weight)
+            _call([param], [grad], [buffer], step, pull / weight, maximize, found, keep, 1.0 - weight)
 
 
 # The kernel takes a momentum of 0 for "there is no buffer".
@@ -192,7 +195,7 @@ _NOTHING = 1e-300
 def _together(batch: Batch, kernel: bool = True) -> None:
     """Lists of one device, dtype and coefficients at a time, so that the scaled gradients stay below a bound."""
     for part in _alike(batch):
-        bound = LIST_NUMEL if is_accelerator(part.params[0].device) else BLOCK_NUMEL
+        bound = LIST_NUMEL if is_accelerator(part.params[0]) else BLOCK_NUMEL
         for indices in sublists(part.params, bound):
             _step_of_list(part.take(indices), kernel)
 
@@ -223,16 +226,16 @@ def _step_of_list(batch: Batch, kernel: bool, own_grads: bool = False) -> None:
             grads = list(torch._foreach_mul(grads, weights))
     by_tensor = isinstance(c.step, Tensor)
     if has_kernel:
-        plain = Batch(found=batch.found)
+        plain = False, batch.found
         if not by_tensor:
-            _call(params, grads, buffers, c.step, c.pull, plain, c.keep)
+            _call(params, grads, buffers, c.step, c.pull, *plain, c.keep)
             return
         if buffers and c.pull:
             with unless(batch.found, buffers):
                 _advance(params, grads, buffers, c)
         elif buffers:  # N + (g + (keep - 1) N), by the kernel, which takes the flag
-            _call(buffers, grads, [], -1.0, c.keep - 1.0, plain)
-        _call(params, buffers or grads, [], c.step, c.after if buffers else c.pull, plain)
+            _call(buffers, grads, [], -1.0, c.keep - 1.0, *plain)
+        _call(params, buffers or grads, [], c.step, c.after if buffers else c.pull, *plain)
         return
     with unless(batch.found, params, buffers):
         if buffers:
@@ -260,7 +263,8 @@ def _call(
     buffers: list[Tensor],
     step: Any,
     decay: float,
-    batch: Batch,
+    maximize: bool,
+    found: Tensor | None,
     momentum: float = 0.0,
     dampening: float = 0.0,
 ) -> None:
@@ -268,14 +272,14 @@ def _call(
         params,
         grads,
         buffers,
-        lr=step.float() if isinstance(step, Tensor) else step,  # the kernel reads float32
+        lr=step if isinstance(step, float) else step.float(),  # the kernel reads float32
         weight_decay=decay,
         momentum=(momentum or _NOTHING) if buffers else 0.0,
         dampening=dampening,
         nesterov=False,
-        maximize=batch.maximize,
+        maximize=maximize,
         is_first_step=False,
-        found_inf=batch.found,
+        found_inf=found,
     )
 
 

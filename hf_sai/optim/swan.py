@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from .adam_update import AdamBatch, adam_update, new_adam_state
 from .base import NamedOptimizer, check_writer
 from .checks import check_flag, from_text, refuse_unknown
-from .finite import over_ranks, ranks_of
+from .finite import is_known_at_once, over_ranks, ranks_of
 from .matrices import BYTES_PER_ELEMENT, Batch, Matrix, batch_bytes, batches_of, directions, move, scaled, whiten
 from .precision import undisturbed
 from .rounding import Rounding
@@ -27,7 +27,7 @@ from .routing import ADAM, Route, complete_routes, layout_of
 from .sharding import sharding_of
 from .sharing import differ, ranks, whiten_sharded, whiten_shared
 from .swan_options import FROM_TEXT, SAVED_KEYS, check_options
-from .tensors import LIST_NUMEL, buffer_dtype, check_gradient, gradient_of, is_accelerator, is_sharded, local
+from .tensors import LIST_NUMEL, buffer_dtype, check_gradient, gradient_of, is_sharded, local
 from .whitening import Method, as_divisors, in_range, sizes
 from .zero_swan import move_pieces
 
@@ -329,7 +329,7 @@ class SWAN(NamedOptimizer):
                 updates, norms = whiten(batch)
                 move(batch, updates, norms)
         # On an accelerator all are counted; those that did not move are counted back when that is known.
-        moved = [True] * len(states) if finite is None or is_accelerator(finite.device) else finite.tolist()
+        moved = [True] * len(states) if finite is None or not is_known_at_once(finite.device) else finite.tolist()
         for state, has_moved in zip(states, moved, strict=True):
             state["step"] += has_moved
 
@@ -359,7 +359,7 @@ class SWAN(NamedOptimizer):
                 dtype = buffer_dtype(matrix.param.dtype)
                 kept = torch.zeros_like(matrix.param, dtype=dtype, memory_format=torch.preserve_format)
                 weight = 1.0
-                if finite is None or is_accelerator(finite.device) or bool(finite[index]):
+                if finite is None or not is_known_at_once(finite.device) or bool(finite[index]):
                     state["momentum_buffer"] = kept
             buffer, gradient = local(kept), local(matrix.source)
             if batch.finite is not None:
@@ -374,7 +374,7 @@ class SWAN(NamedOptimizer):
 
     def _tell_of(self, names: list[str], finite: Tensor, states: list[dict[str, Any]]) -> Tensor | None:
         """The flags, or `None` where all are set and that can be read; has those that are not told of."""
-        if not is_accelerator(finite.device):
+        if is_known_at_once(finite.device):
             if bool(finite.all()):
                 return None
             self._tell_not_finite([name for name, good in zip(names, finite.tolist(), strict=True) if not good])

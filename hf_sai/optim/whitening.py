@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_whole
+from .finite import is_known_at_once
 from .polynomials import LEAST_NORM, flatten_, polar_factor, smaller_gram, times_smaller
-from .tensors import is_accelerator
 
 
 Method = Literal["polar", "polar_express", "newton_schulz", "nsds", "svd"]
@@ -172,7 +172,7 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
         `torch.Tensor`: `[len(gradients)]`, float32 or float64.
     """
     dtype = functools.reduce(torch.promote_types, {each.dtype for each in gradients}, torch.float32)
-    if is_accelerator(gradients[0].device):
+    if not is_known_at_once(gradients[0].device):
         some = [each if each.numel() else each.new_zeros(1) for each in gradients]  # a rank may have no rows
         return torch.stack(torch._foreach_norm(some, math.inf, dtype))
     if all(each.dtype == dtype for each in gradients):
@@ -187,7 +187,7 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
 
 def as_divisors(size: Tensor) -> Tensor:
     """On accelerators the powers of two below, for all matrices at once; on the CPU each is looked at by itself."""
-    return power_of_two(size) if is_accelerator(size.device) else size
+    return size if is_known_at_once(size.device) else power_of_two(size)
 
 
 def in_range(stack: Tensor, size: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def in_range(stack: Tensor, size: Tensor) -> Tensor:
         size (`torch.Tensor`): `[k]`, as [`sizes`] gives it.
     """
     wide = stack.to(torch.promote_types(stack.dtype, torch.float32))
-    if not is_accelerator(size.device) and all(fits(each, stack[0].numel()) for each in size.tolist()):
+    if is_known_at_once(size.device) and all(fits(each, stack[0].numel()) for each in size.tolist()):
         return wide
     return wide / power_of_two(size).view(-1, *[1] * (stack.ndim - 1))
 
@@ -232,7 +232,7 @@ def normalized(flat: Tensor, resolution: float, dtype: torch.dtype | None = None
         # LayerNorm is GradNorm, and every backend has it in one pass. Its eps is below every square in range.
         normed, mean, inverse = torch.native_layer_norm(flat, flat.shape[-1:], None, None, 1e-37)
         kept = _deviates(mean, inverse, resolution)
-        if not is_accelerator(kept.device) and bool(kept.all()):
+        if is_known_at_once(kept.device) and bool(kept.all()):
             normed = normed.to(dtype or flat.dtype)
         else:
             normed = _product(normed, kept, dtype or flat.dtype)

@@ -64,14 +64,14 @@ def train(model, optimizer, first, last, rank=None):
         optimizer.zero_grad()
 
 
-def shard(model):
+def shard(model, **options):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def whole(tensor):
