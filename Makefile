@@ -64,13 +64,15 @@ dist: $(READY)
 	tools/dist.sh
 
 # SetFit and timm are no part of `dev`: SetFit wants a newer evaluate than the oldest that is supported, timm a torchvision
-# that is not where pip looks first, and that its models hardly need (tests/support/timm_alone.py).
+# that is not where pip looks first, and that its models hardly need (tests/support/timm_alone.py). So timm lies apart:
+# accelerate and transformers would find it and import it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps setfit timm
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps setfit
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target .venv/timm timm
 	touch $(READY)
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt

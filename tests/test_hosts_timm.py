@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from support.processes import forked
@@ -12,9 +10,9 @@ from support.timm_alone import import_timm
 from hf_sai.optim import route_parameters
 
 
-if importlib.util.find_spec("timm") is None:
-    pytest.skip("needs timm, which `make` installs", allow_module_level=True)
 timm = import_timm()
+if timm is None:
+    pytest.skip("needs timm, which `make` installs", allow_module_level=True)
 
 # Head, and what makes patches into tokens, by the beginnings of names.
 MODELS = {
