@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from support.models import tiny_llama
+from transformers.utils import is_torchvision_available
 
 from hf_sai import GSNRReport
 
@@ -290,6 +293,10 @@ def test_classifier_learns_digits(examples):
     assert report.to_text() in shown
 
 
+@pytest.mark.skipif(
+    not is_torchvision_available() and Version(transformers.__version__) < Version("5.24"),
+    reason="older versions read images by torchvision only",
+)
 def test_classifier_takes_a_model_and_images(examples, monkeypatch, capsys):
     import classify_images
     import offline

@@ -12,6 +12,8 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support.models import tiny_llama
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -218,6 +220,8 @@ def norm_owned(model):
     "name", [pytest.param(each, marks=[] if each in QUICK else [pytest.mark.slow]) for each in FAMILIES]
 )
 def test_a_family_is_routed_by_what_its_modules_do(name):
+    if name == "ModernBertForMaskedLM" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("older versions refuse a smaller configuration of it")
     model = built(name)
     seen = uses(model, name)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from support.models import VOCABULARY, tiny_llama
 from support.processes import peak_allocated
@@ -319,6 +320,8 @@ def experts_adapter(device="cpu"):
 @pytest.mark.parametrize("make", [deep, mixtral, t5, checkpointed, experts_adapter])
 def test_activations_are_what_a_real_pass_holds(make):
     """Peak of forward and backward on the CPU, whose attention keeps no table of scores either."""
+    if make in (mixtral, experts_adapter) and Version(torch.__version__) < Version("2.9"):
+        pytest.skip("torch 2.8 multiplies no groups of matrices on the CPU")
     model = make().train()
     on_meta = shapes_of(make("meta"), Training(batch=4, sequence=128, gradient_checkpointing=make is checkpointed))
     if make is checkpointed:
