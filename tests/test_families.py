@@ -142,8 +142,6 @@ QUICK = ("GPT2LMHeadModel", "GptOssForCausalLM", "MambaForCausalLM", "SwinForIma
 
 def built(name):
     """A model of that class with the sizes above."""
-    import transformers
-
     cls = getattr(transformers, name)
     own = FAMILIES[name]
     known = cls.config_class()

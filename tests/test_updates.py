@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 from support.processes import peak_allocated
 
 from hf_sai.optim import SGDSaI, sgd_update
@@ -316,9 +317,10 @@ def test_a_compiled_step_breaks_only_where_the_host_reads(optimizer, kinds, grap
         if number == 0:
             step = torch.compile(compiled.step, backend="eager")
             counters.clear()
-    assert OF_NEWS in {kind.split("\n")[0] for kind in counters["graph_break"]}
-    assert not [kind for kind in counters["graph_break"] if not kind.startswith(kinds)]
-    assert 1 <= counters["stats"]["unique_graphs"] <= graphs, counters["stats"]
+    if Version(torch.__version__) >= Version("2.13"):  # older ones break at more of Python
+        assert OF_NEWS in {kind.split("\n")[0] for kind in counters["graph_break"]}
+        assert not [kind for kind in counters["graph_break"] if not kind.startswith(kinds)]
+        assert 1 <= counters["stats"]["unique_graphs"] <= graphs, counters["stats"]
     for param, other in zip(params, same, strict=True):
         torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-5)
 
