@@ -31,6 +31,7 @@ from common import command, device_name, finished, machine, markdown_table, writ
 from transformers import Adafactor, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 import hf_sai
+import hf_sai.optim
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
