@@ -239,10 +239,10 @@ def _move_together(matrices: list[Matrix], updates: Tensor, norms: Tensor | None
     params = [local(matrix.param) for matrix in matrices]
     wide = torch.promote_types(params[0].dtype, torch.float32)
     factors = -lr * group["scale"]
-    if norms is not None:
-        factors = factors_to(updates, norms).mul_(factors).view(by_matrix).to(wide)
     if norms is None:
         updates = updates.to(wide)
+    else:
+        factors = factors_to(updates, norms).mul_(factors).view(by_matrix).to(wide)
     if params[0].dtype == wide and (finite is None or not decays):
         if decays:
             torch._foreach_mul_(params, 1.0 - decay)
@@ -251,7 +251,7 @@ def _move_together(matrices: list[Matrix], updates: Tensor, norms: Tensor | None
     values = torch.stack(params)
     if decays:
         kept = 1.0 if finite is None else finite.view(by_matrix).to(wide)
-        values = values * (1.0 - decay * kept)
+        values = values.to(wide).mul_(1.0 - decay * kept)
     values = values.to(wide).add_(updates * factors) if norms is None else torch.addcmul(values, updates, factors)
     if matrices[0].rounding is not None:
         matrices[0].rounding.before(values, params[0].dtype)
